@@ -1,0 +1,210 @@
+"""Config of a recipe: one frozen dataclass <- one flat TOML file <- `key=value` on the command line.
+
+    @dataclass(frozen=True)
+    class SFTConfig:
+        learning_rate: float = option("peak learning rate", default=2e-5)
+
+    config = load_config(SFTConfig, sys.argv[1:])
+
+Values are converted to the annotated type or refused; nothing is guessed.
+"""
+
+import dataclasses
+import difflib
+import sys
+import tomllib
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from phoenix.files import UserError
+
+Config = TypeVar("Config")
+
+
+def option(meaning: str, default: Any = dataclasses.MISSING, choices: tuple = ()) -> Any:
+    """A field of a config: its meaning, its default (none: it must be given), the values it may take."""
+    return dataclasses.field(default=default, metadata={"meaning": meaning, "choices": choices})
+
+
+def load_config(kind: type[Config], arguments: list[str], default_file: Path | None = None) -> Config:
+    """The config from `[file.toml] [key=value ...]`; without a file, from `default_file` if there is one.
+
+    `--help` prints every field and exits.  Raises UserError for an unknown key (naming the nearest), a value of
+    the wrong type, a missing value, a file that does not exist or is no TOML.
+    """
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text(kind))
+        sys.exit(0)
+    files = [argument for argument in arguments if "=" not in argument]
+    if len(files) > 1:
+        raise UserError(f"{files[1]!r} is not key=value, and {files[0]!r} is the config file already; write key=value")
+    if files and files[0].startswith("-"):
+        raise UserError(f"unknown flag {files[0]!r}; fields are set as key=value, and --help lists them")
+    path = Path(files[0]) if files else default_file
+    values = _read_toml(kind, path) if path is not None else {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if equals:
+            field = _field(kind, key, f"command line, {argument!r}")
+            values[key] = _from_text(field, text, f"command line, {argument!r}")
+    missing = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING and f.name not in values]
+    if missing:
+        raise UserError(f"{path or 'command line'}: {missing[0]!r} is not set; write {missing[0]}=...")
+    return kind(**values)
+
+
+def save_config(path: Path, config: Any) -> None:
+    """Write a config as the TOML file that gives it again."""
+    from phoenix.files import atomic_write
+
+    with atomic_write(path) as file:
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            if value is not None:
+                file.write(f"{field.name} = {_to_toml(value)}\n")
+
+
+def help_text(kind: type) -> str:
+    """A line a field: name, type, default, meaning."""
+    lines = [(kind.__doc__ or "").strip(), "", "usage: [torchrun] recipe.py [config.toml] [key=value ...]", ""]
+    for field, annotation in _fields(kind).values():
+        default = "required" if field.default is dataclasses.MISSING else f"default {_to_toml(field.default)}"
+        choices = field.metadata.get("choices")
+        meaning = field.metadata.get("meaning", "") + (f"; one of {', '.join(map(str, choices))}" if choices else "")
+        lines.append(f"  {field.name}: {_type_name(annotation)} ({default})\n      {meaning}")
+    return "\n".join(lines)
+
+
+# A known name of TRL, transformers or the handbook -> ours.
+OTHER_NAMES = {
+    "lr": "learning_rate", "max_seq_length": "max_length", "max_seq_len": "max_length", "model": "model_name_or_path",
+    "per_device_train_batch_size": "micro_batch_tokens", "gradient_accumulation_steps": "global_batch_size",
+    "train_batch_size": "global_batch_size", "epochs": "num_train_epochs", "warmup_steps": "warmup_ratio",
+    "completion_only_loss": "assistant_only_loss", "chat_template_path": "chat_template", "output": "output_dir",
+    "bf16": "dtype", "torch_dtype": "dtype", "packing": "packing_strategy", "logging_dir": "output_dir",
+}
+
+
+def _fields(kind: type) -> dict[str, tuple[dataclasses.Field, Any]]:
+    hints = typing.get_type_hints(kind)
+    return {field.name: (field, hints[field.name]) for field in dataclasses.fields(kind)}
+
+
+def _field(kind: type, key: str, where: str) -> tuple[dataclasses.Field, Any]:
+    fields = _fields(kind)
+    if key not in fields:
+        other = OTHER_NAMES.get(key)
+        near = [other] if other in fields else difflib.get_close_matches(key, fields, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "--help lists the fields"
+        raise UserError(f"{where}: unknown field {key!r}; {hint}")
+    return fields[key]
+
+
+def _read_toml(kind: type, path: Path) -> dict[str, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such config file") from None
+    except (IsADirectoryError, UnicodeDecodeError, PermissionError) as error:
+        raise UserError(f"{path}: cannot be read as a TOML file ({error})") from None
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+    values = {}
+    for key, value in table.items():
+        lines = (n for n, line in enumerate(text.splitlines(), 1) if line.split("=")[0].strip().strip("\"'") == key)
+        where = f"{path}, line {next(lines, '?')}"
+        values[key] = _convert(_field(kind, key, where), value, where)
+    return values
+
+
+def _from_text(field: tuple[dataclasses.Field, Any], text: str, where: str) -> Any:
+    """A value of the command line: TOML where it parses as such, otherwise the text itself."""
+    if text == "none":
+        return _convert(field, None, where)
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    if not isinstance(value, str) and _accepts_text(field[1]):
+        value = text
+    return _convert(field, value, where)
+
+
+def _accepts_text(annotation: Any) -> bool:
+    kinds = _alternatives(annotation)
+    return (str in kinds or Path in kinds) and not {int, float, bool} & set(kinds)
+
+
+def _alternatives(annotation: Any) -> tuple:
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.get_args(annotation) if union else (annotation,)
+
+
+def _convert(field: tuple[dataclasses.Field, Any], value: Any, where: str) -> Any:
+    definition, annotation = field
+    for kind in _alternatives(annotation):
+        accept = _CONVERSIONS.get(typing.get_origin(kind) or kind)
+        converted = accept(kind, value) if accept else None
+        if converted is not None or (value is None and kind is types.NoneType):
+            choices = definition.metadata.get("choices")
+            if choices and converted is not None and converted not in choices:
+                near = difflib.get_close_matches(str(converted), map(str, choices), n=1)
+                hint = f"did you mean {near[0]!r}?" if near else "choose one of them"
+                raise UserError(f"{where}: {definition.name} is {value!r}; expected one of {', '.join(choices)}; {hint}")
+            return converted
+    expected = _type_name(annotation)
+    raise UserError(f"{where}: {definition.name} is {value!r}; expected {expected}; correct the value")
+
+
+def _number(text: Any, kind: Callable) -> Any:
+    try:
+        return kind(text)
+    except (TypeError, ValueError):
+        return None
+
+
+def _tuple(kind: Any, value: Any) -> tuple | None:
+    if not isinstance(value, list):
+        return None
+    accept = _CONVERSIONS[typing.get_args(kind)[0]]
+    items = tuple(accept(typing.get_args(kind)[0], item) for item in value)
+    return None if None in items else items
+
+
+# bool is an int in Python: a float or int field must refuse it.
+_CONVERSIONS = {
+    bool: lambda kind, value: value if isinstance(value, bool) else None,
+    int: lambda kind, value: value if isinstance(value, int) and not isinstance(value, bool) else None,
+    float: lambda kind, value: None if isinstance(value, bool) else _number(value, float),
+    str: lambda kind, value: value if isinstance(value, str) else None,
+    Path: lambda kind, value: Path(value) if isinstance(value, str) and value else None,
+    tuple: _tuple,
+}
+
+
+def _type_name(annotation: Any) -> str:
+    names = []
+    for kind in _alternatives(annotation):
+        if typing.get_origin(kind) is tuple:
+            names.append(f"list of {_type_name(typing.get_args(kind)[0])}")
+        else:
+            names.append("none" if kind is types.NoneType else getattr(kind, "__name__", str(kind)).lower())
+    return " or ".join(names)
+
+
+def _to_toml(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(map(_to_toml, value)) + "]"
+    escaped = str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
+    return f'"{escaped}"'

@@ -1,0 +1,135 @@
+"""Files that are whole or absent: atomic writes, manifests, hashes, and `UserError`.
+
+Everything Phoenix writes goes to a temporary name in the same folder, is flushed and synced, then renamed.
+A folder is complete when its manifest exists, and the manifest is written last.
+"""
+
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import IO, Any
+
+
+class UserError(Exception):
+    """One sentence for the person at the terminal: where, what was found, what was expected, what to do.
+
+    Recipes print it after `error:` without a traceback and exit with 2.
+    """
+
+
+def require(module: str, extra: str) -> ModuleType:
+    """Import an optional package, or raise UserError that names the extra which installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"the package {module!r} is not usable here ({error}); install it with: pip install 'phoenix-lm[{extra}]'"
+        ) from None
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Open a temporary file beside `path`; when the block ends well, sync it and rename it to `path`.
+
+    mode: "w" (text, UTF-8, newlines as given) or "wb".  If the block or the disk fails, nothing stays behind;
+    an OSError (a full disk, a read-only folder) becomes a UserError that names the file.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or choose another place") from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` to fill; when the block ends well, it is synced and takes the place of `path`.
+
+    An older folder of that name is replaced as a whole.  If the block or the disk fails, nothing stays behind.
+    """
+    path = Path(path)
+    temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        for entry in [*temporary.rglob("*"), temporary]:
+            sync_folder(entry) if entry.is_dir() else sync_file(entry)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or choose another place") from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def sync_file(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with atomic_write(path) as file:
+        json.dump(value, file, ensure_ascii=False, indent=2)
+        file.write("\n")
+
+
+def read_json(path: Path, what: str = "JSON file") -> Any:
+    """The value in a JSON file; UserError names the file and the line where it does not parse."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: there is no such file; expected the {what}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder; expected the {what}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is not UTF-8; expected the {what}") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        line = getattr(error, "lineno", 1)
+        raise UserError(f"{path}, line {line}: not valid JSON ({error}); expected the {what}") from None
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder / name`, for a plain file name found in data; UserError if it would lead out of the folder."""
+    plain = name and name not in (".", "..") and not set(name) & {"/", "\\", "\0", "\n"} and len(name) <= 255
+    if not plain or (Path(folder) / name).is_symlink():
+        raise UserError(f"{folder}: {name!r} is not the plain name of a file in this folder; remove or correct it")
+    return Path(folder) / name
