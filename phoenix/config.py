@@ -40,7 +40,9 @@ def load_config(kind: type[Config], arguments: list[str], default_file: Path | N
         sys.exit(0)
     files = [argument for argument in arguments if "=" not in argument]
     if len(files) > 1:
-        raise UserError(f"{files[1]!r} is not key=value, and {files[0]!r} is the config file already; write key=value")
+        raise UserError(
+            f"{files[1]!r} is not key=value, and {files[0]!r} is the config file already; write key=value"
+        )
     if files and files[0].startswith("-"):
         raise UserError(f"unknown flag {files[0]!r}; fields are set as key=value, and --help lists them")
     path = Path(files[0]) if files else default_file
@@ -50,7 +52,9 @@ def load_config(kind: type[Config], arguments: list[str], default_file: Path | N
         if equals:
             field = _field(kind, key, f"command line, {argument!r}")
             values[key] = _from_text(field, text, f"command line, {argument!r}")
-    missing = [f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING and f.name not in values]
+    missing = [
+        f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING and f.name not in values
+    ]
     if missing:
         raise UserError(f"{path or 'command line'}: {missing[0]!r} is not set; write {missing[0]}=...")
     return kind(**values)
@@ -69,22 +73,40 @@ def save_config(path: Path, config: Any) -> None:
 
 def help_text(kind: type) -> str:
     """A line a field: name, type, default, meaning."""
-    lines = [(kind.__doc__ or "").strip(), "", "usage: [torchrun] recipe.py [config.toml] [key=value ...]", ""]
+    lines = [
+        (kind.__doc__ or "").strip(),
+        "",
+        "usage: [torchrun] recipe.py [config.toml] [key=value ...]",
+        "",
+    ]
     for field, annotation in _fields(kind).values():
         default = "required" if field.default is dataclasses.MISSING else f"default {_to_toml(field.default)}"
         choices = field.metadata.get("choices")
-        meaning = field.metadata.get("meaning", "") + (f"; one of {', '.join(map(str, choices))}" if choices else "")
+        meaning = field.metadata.get("meaning", "") + (
+            f"; one of {', '.join(map(str, choices))}" if choices else ""
+        )
         lines.append(f"  {field.name}: {_type_name(annotation)} ({default})\n      {meaning}")
     return "\n".join(lines)
 
 
 # A known name of TRL, transformers or the handbook -> ours.
 OTHER_NAMES = {
-    "lr": "learning_rate", "max_seq_length": "max_length", "max_seq_len": "max_length", "model": "model_name_or_path",
-    "per_device_train_batch_size": "micro_batch_tokens", "gradient_accumulation_steps": "global_batch_size",
-    "train_batch_size": "global_batch_size", "epochs": "num_train_epochs", "warmup_steps": "warmup_ratio",
-    "completion_only_loss": "assistant_only_loss", "chat_template_path": "chat_template", "output": "output_dir",
-    "bf16": "dtype", "torch_dtype": "dtype", "packing": "packing_strategy", "logging_dir": "output_dir",
+    "lr": "learning_rate",
+    "max_seq_length": "max_length",
+    "max_seq_len": "max_length",
+    "model": "model_name_or_path",
+    "per_device_train_batch_size": "micro_batch_tokens",
+    "gradient_accumulation_steps": "global_batch_size",
+    "train_batch_size": "global_batch_size",
+    "epochs": "num_train_epochs",
+    "warmup_steps": "warmup_ratio",
+    "completion_only_loss": "assistant_only_loss",
+    "chat_template_path": "chat_template",
+    "output": "output_dir",
+    "bf16": "dtype",
+    "torch_dtype": "dtype",
+    "packing": "packing_strategy",
+    "logging_dir": "output_dir",
 }
 
 
@@ -116,7 +138,9 @@ def _read_toml(kind: type, path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid TOML: {error}") from None
     values = {}
     for key, value in table.items():
-        lines = (n for n, line in enumerate(text.splitlines(), 1) if line.split("=")[0].strip().strip("\"'") == key)
+        lines = (
+            n for n, line in enumerate(text.splitlines(), 1) if line.split("=")[0].strip().strip("\"'") == key
+        )
         where = f"{path}, line {next(lines, '?')}"
         values[key] = _convert(_field(kind, key, where), value, where)
     return values
@@ -155,7 +179,9 @@ def _convert(field: tuple[dataclasses.Field, Any], value: Any, where: str) -> An
             if choices and converted is not None and converted not in choices:
                 near = difflib.get_close_matches(str(converted), map(str, choices), n=1)
                 hint = f"did you mean {near[0]!r}?" if near else "choose one of them"
-                raise UserError(f"{where}: {definition.name} is {value!r}; expected one of {', '.join(choices)}; {hint}")
+                raise UserError(
+                    f"{where}: {definition.name} is {value!r}; expected one of {', '.join(choices)}; {hint}"
+                )
             return converted
     expected = _type_name(annotation)
     raise UserError(f"{where}: {definition.name} is {value!r}; expected {expected}; correct the value")

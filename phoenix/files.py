@@ -53,7 +53,9 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
         sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or choose another place") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another place"
+        ) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -80,7 +82,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free space or choose another place") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another place"
+        ) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -131,5 +135,7 @@ def inside(folder: Path, name: str) -> Path:
     """`folder / name`, for a plain file name found in data; UserError if it would lead out of the folder."""
     plain = name and name not in (".", "..") and not set(name) & {"/", "\\", "\0", "\n"} and len(name) <= 255
     if not plain or (Path(folder) / name).is_symlink():
-        raise UserError(f"{folder}: {name!r} is not the plain name of a file in this folder; remove or correct it")
+        raise UserError(
+            f"{folder}: {name!r} is not the plain name of a file in this folder; remove or correct it"
+        )
     return Path(folder) / name
