@@ -1,0 +1,85 @@
+"""Small tokenizers for all tests, trained in a second on a few lines of German and English."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import tokenizers
+
+LINES = [
+    "Der Zug nach Köln fährt heute zwölf Minuten später ab, weil auf der Strecke gebaut wird.",
+    "Können Sie mir bitte erklären, warum der Himmel abends rot und mittags blau aussieht?",
+    "Für einen Kuchen brauchst du 250 g Mehl, drei Eier, eine Prise Salz und etwas Geduld.",
+    "Sehr geehrte Damen und Herren, vielen Dank für Ihre Nachricht vom 14. März 2023.",
+    "Die Übung beginnt um 9 Uhr; wer früher kommt, trinkt mit uns noch einen Kaffee.",
+    "Straßenbahnen, Fahrräder und Fußgänger teilen sich die schmale Brücke über den Fluss.",
+    "Eine Schleife läuft so lange, bis die Bedingung falsch ist; danach geht es weiter.",
+    "The train to Cologne leaves twelve minutes late today because the line is being repaired.",
+    "Could you please explain why the sky looks red in the evening and blue at noon?",
+    "For a cake you need 250 g of flour, three eggs, a pinch of salt and some patience.",
+    "Dear Sir or Madam, thank you for your message of 14 March 2023 and for the photographs.",
+    "A loop runs until its condition is false; after that the program goes on with the next line.",
+    "def add(first, second):\n    return first + second  # Summe zweier Zahlen\n",
+    "<system> user, assistant: [INST] Hallo! [/INST] Guten Tag, wie geht es Ihnen?\n",
+]
+
+
+@pytest.fixture(scope="session")
+def bpe_tokenizer_folder(tmp_path_factory) -> Path:
+    """tokenizer.json: byte-level BPE with every byte; ids 0 <|endoftext|>, 1 <|im_start|>, 2 <|im_end|>."""
+    folder = tmp_path_factory.mktemp("bpe_tokenizer")
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    digits = tokenizers.pre_tokenizers.Digits(individual_digits=True)
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([digits, byte_level])
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(LINES, trainer)
+    bpe.save(str(folder / "tokenizer.json"))
+    _write_config(
+        folder,
+        tokenizer_class="PreTrainedTokenizerFast",
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        add_bos_token=False,
+        phoenix_chat_template="chatml",
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sp_tokenizer_folder(tmp_path_factory) -> Path:
+    """tokenizer.model: sentencepiece BPE as Mistral's (ids 0 <unk>, 1 <s>, 2 </s>, then 256 bytes); two added
+    tokens behind it, 480 <|im_start|> and 481 <|im_end|>."""
+    folder = tmp_path_factory.mktemp("sp_tokenizer")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(line for text in LINES for line in text.split("\n")),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=480,
+        byte_fallback=True,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    (folder / "added_tokens.json").write_text(json.dumps({"<|im_start|>": 480, "<|im_end|>": 481}))
+    _write_config(
+        folder, tokenizer_class="LlamaTokenizer", bos_token="<s>", eos_token="</s>", add_bos_token=True
+    )
+    return folder
+
+
+def _write_config(folder: Path, **values) -> None:
+    (folder / "tokenizer_config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
