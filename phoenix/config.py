@@ -11,6 +11,7 @@ Values are converted to the annotated type or refused; nothing is guessed.
 
 import dataclasses
 import difflib
+import os
 import sys
 import tomllib
 import types
@@ -58,6 +59,16 @@ def load_config(kind: type[Config], arguments: list[str], default_file: Path | N
     if missing:
         raise UserError(f"{path or 'command line'}: {missing[0]!r} is not set; write {missing[0]}=...")
     return kind(**values)
+
+
+def run_recipe(main: Callable[[Any], Any], kind: type, default_file: Path | None = None) -> None:
+    """Run a recipe from the command line; exits with 0, 2 (UserError, one line) or what `main` ends with."""
+    try:
+        main(load_config(kind, sys.argv[1:], default_file))
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def save_config(path: Path, config: Any) -> None:

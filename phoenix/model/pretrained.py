@@ -1,0 +1,249 @@
+"""Model folders in Hugging Face layout: config.json, safetensors (sharded with an index), tokenizer files.
+
+Loading streams tensor by tensor into the wanted dtype and device; a sharded parameter reads only its own rows.  Every
+name, shape and dtype is checked first.  Only safetensors are read: no pickle, no code of a model folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from phoenix.files import UserError, atomic_folder, inside, read_json, sha256, write_json
+from phoenix.model.mistral import Mistral, MistralConfig
+
+if TYPE_CHECKING:
+    from phoenix.tokenizer import Tokenizer
+
+INDEX, SINGLE, MANIFEST = "model.safetensors.index.json", "model.safetensors", "manifest.json"
+
+
+def read_config(folder: Path) -> MistralConfig:
+    """The model's shape from config.json.  UserError names file and key of what is missing or unsupported."""
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: there is no such folder; expected a model folder with config.json")
+    path = Path(folder) / "config.json"
+    return MistralConfig.from_dict(read_json(path, "config.json of a model folder"), str(path))
+
+
+def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: Any = "cpu") -> Mistral:
+    """A model with the weights of `folder`, cast to `dtype` on `device`; in evaluation mode.
+
+    Raises UserError for a missing, cut or lying file, and for tensors that are missing, too many or of another shape.
+    """
+    model = meta_model(read_config(folder))
+    materialise(model.to(dtype), device)
+    load_weights(model, folder)
+    return model.eval()
+
+
+def meta_model(config: MistralConfig) -> Mistral:
+    """A model without memory behind it: to shard and wrap before `materialise` and `load_weights`."""
+    return Mistral(config, device="meta")
+
+
+def materialise(model: Mistral, device: Any) -> None:
+    """Give a meta model memory on `device`, uninitialised, its tied head still tied."""
+    model.to_empty(device=device)
+    if model.config.tie_word_embeddings:
+        model.tie_weights()
+
+
+@torch.no_grad()
+def load_weights(model: Mistral, folder: Path) -> None:
+    """Copy the tensors of `folder` into the parameters of `model`, each cast to the parameter's dtype.
+
+    A DTensor parameter reads only the rows that this rank holds.
+    """
+    parameters = {clean_name(name): parameter for name, parameter in model.named_parameters()}
+    with open_tensors(folder) as tensors:
+        _check(tensors, parameters, model.config, folder)
+        for name, parameter in parameters.items():
+            if isinstance(parameter, DTensor):
+                _, start = compute_local_shape_and_global_offset(
+                    parameter.shape, parameter.device_mesh, parameter.placements
+                )
+                local = parameter.to_local()
+                rows = slice(start[0], start[0] + local.shape[0])
+                local.copy_(tensors[name][rows])
+            else:
+                parameter.copy_(tensors[name][:])
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name without what wrappers of activation checkpointing and compiling put into it."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+@contextlib.contextmanager
+def open_tensors(folder: Path) -> Iterator[dict[str, Any]]:
+    """Every tensor of a folder by name, as safetensors slices (shape and dtype known, nothing read yet)."""
+    folder, tensors = Path(folder), {}
+    with contextlib.ExitStack() as stack:
+        for path, expected in _shards(folder).items():
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt"))
+            except (SafetensorError, OSError, ValueError) as error:
+                raise UserError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
+            names = set(file.keys())
+            if expected is not None and expected - names:
+                lost = sorted(expected - names)[0]
+                raise UserError(
+                    f"{path}: lacks the tensor {lost!r} that {INDEX} places there; copy the folder again"
+                )
+            for name in names:
+                if name in tensors:
+                    raise UserError(
+                        f"{path}: the tensor {name!r} stands in another file too; remove one of them"
+                    )
+                tensors[name] = file.get_slice(name)
+        yield tensors
+
+
+def _shards(folder: Path) -> dict[Path, set[str] | None]:
+    """Each weight file of a folder, with the names that the index places in it (None: no index)."""
+    if (folder / INDEX).exists():
+        index = read_json(folder / INDEX, "index of the safetensors files")
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise UserError(
+                f"{folder / INDEX}: has no 'weight_map' of tensor names to file names; copy it again"
+            )
+        shards: dict[Path, set[str] | None] = {}
+        for tensor, name in weight_map.items():
+            shards.setdefault(inside(folder, name), set()).add(tensor)  # type: ignore[union-attr]
+        for path in shards:
+            if not path.is_file():
+                raise UserError(
+                    f"{folder / INDEX}: names {path.name!r}, which is not in the folder; copy it again"
+                )
+        return shards
+    if (folder / SINGLE).is_file():
+        return {folder / SINGLE: None}
+    pickles = sorted(path.name for path in folder.glob("*.bin")) + sorted(
+        path.name for path in folder.glob("*.pt*")
+    )
+    found = f"only {pickles[0]}, a pickle, which is never opened" if pickles else "no weights"
+    raise UserError(
+        f"{folder}: holds {found}; expected {SINGLE} or {INDEX}; convert the weights to safetensors"
+    )
+
+
+def _check(
+    tensors: dict[str, Any], parameters: dict[str, Tensor], config: MistralConfig, folder: Path
+) -> None:
+    if config.tie_word_embeddings and "lm_head.weight" in tensors and "model.embed_tokens.weight" in tensors:
+        # Some checkpoints hold a tied head a second time.
+        if not torch.equal(tensors["lm_head.weight"][:], tensors["model.embed_tokens.weight"][:]):
+            raise UserError(
+                f"{folder}: config.json ties head and embedding, but the two differ; correct config.json"
+            )
+        del tensors["lm_head.weight"]
+    missing, extra = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
+    extra = [name for name in extra if not name.endswith("rotary_emb.inv_freq")]
+    for names, what in ((missing, "lacks"), (extra, "has, beyond the model of config.json,")):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(
+                f"{folder}: {what} the tensor {names[0]!r}{more}; config.json and weights do not fit"
+            )
+    for name, parameter in parameters.items():
+        shape, dtype = tensors[name].get_shape(), tensors[name].get_dtype()
+        if list(shape) != list(parameter.shape):
+            wanted = list(parameter.shape)
+            raise UserError(
+                f"{folder}: {name} has shape {list(shape)}; expected {wanted} as config.json says"
+            )
+        if dtype not in ("F64", "F32", "F16", "BF16"):
+            raise UserError(
+                f"{folder}: {name} is stored as {dtype}; expected F32, F16 or BF16 (dequantise it first)"
+            )
+
+
+def save_model(
+    model: Mistral,
+    folder: Path,
+    tokenizer: Tokenizer | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    generation_config: dict[str, Any] | None = None,
+    texts: dict[str, str] | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a folder in Hugging Face layout, as a whole or not at all; `manifest.json` (sizes, sha256) comes last.
+
+    dtype: that of the written tensors (default: the parameters').  A sharded model is gathered tensor by tensor: all
+    ranks must call, rank 0 writes.  generation_config: what stands in generation_config.json beside bos and eos.
+    texts: further files by name, such as README.md.
+    """
+    writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    with atomic_folder(folder) if writes else contextlib.nullcontext() as temporary:
+        shards = _save_tensors(model, temporary, dtype, max_shard_bytes)
+        if temporary is None:
+            return
+        dtype = dtype or next(model.parameters()).dtype
+        config = {**model.config.to_dict(), "torch_dtype": str(dtype).removeprefix("torch.")}
+        write_json(temporary / "config.json", config)
+        ends = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
+        write_json(temporary / "generation_config.json", {**ends, **(generation_config or {})})
+        if tokenizer is not None:
+            tokenizer.save(temporary)
+        for name, text in (texts or {}).items():
+            inside(temporary, name).write_text(text, encoding="utf-8")
+        _name_shards(temporary, shards)
+        files = sorted(path for path in temporary.iterdir() if path.name != MANIFEST)
+        write_json(
+            temporary / MANIFEST,
+            {"files": {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}},
+        )
+
+
+def _save_tensors(
+    model: Mistral, folder: Path | None, dtype: torch.dtype | None, max_shard_bytes: int
+) -> list[dict[str, int]]:
+    """Write the tensors as numbered files; returns the bytes of each file's tensors by name."""
+    shards: list[dict[str, int]] = []
+    held: dict[str, Tensor] = {}
+
+    def write() -> None:
+        if held and folder is not None:
+            shards.append({name: tensor.nbytes for name, tensor in held.items()})
+            save_file(held, folder / f"{len(shards)}.safetensors", metadata={"format": "pt"})
+        held.clear()
+
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach()
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if folder is None:
+            continue
+        tensor = tensor.to("cpu", dtype or tensor.dtype).contiguous()
+        if sum(other.nbytes for other in held.values()) + tensor.nbytes > max_shard_bytes:
+            write()
+        held[clean_name(name)] = tensor
+    write()
+    return shards
+
+
+def _name_shards(folder: Path, shards: list[dict[str, int]]) -> None:
+    """model.safetensors, or model-00001-of-00003.safetensors and the index."""
+    if len(shards) == 1:
+        (folder / "1.safetensors").rename(folder / SINGLE)
+        return
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"{number}.safetensors").rename(folder / name)
+        weight_map |= dict.fromkeys(names, name)
+    total = sum(sum(names.values()) for names in shards)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
