@@ -1,0 +1,156 @@
+"""Resumable checkpoints: model and optimizer by torch.distributed.checkpoint in safetensors, the rest as JSON.
+
+    checkpoints/step_000123/
+      shard-00001-model-00001-of-00001.safetensors    one a rank; any number of ranks reads them again
+      manifest.json                                   written last: state, sizes and sha256 of the files
+
+The random numbers of a step are a function of (seed, step, micro-batch), so there is no generator to save; the
+optimizer's step counter is one number for all parameters and stands in the state.  Nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from phoenix.files import UserError, read_json, sha256, sync_file, sync_folder, write_json
+from phoenix.model.pretrained import clean_name
+from phoenix.train.distributed import World
+
+MANIFEST = "manifest.json"
+
+
+def save_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], world: World
+) -> Path:
+    """Write `folder/step_...` for state["step"], whole or not at all; all ranks call.  Returns its path."""
+    path = folder / f"step_{state['step']:06d}"
+    temporary = folder / f".{path.name}.tmp"
+    if world.is_main:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    world.barrier()
+    error = ""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+            dcp.save(_tensors(model, optimizer), storage_writer=writer, no_dist=world.world_size == 1)
+        if world.is_main:
+            _finish(temporary, path, {**state, "optimizer_step": _optimizer_step(optimizer)})
+    except (OSError, RuntimeError, dcp.api.CheckpointException) as problem:
+        error = f"cannot write the checkpoint {path}: {problem}; free space or choose another output_dir"
+    error = str(world.broadcast(error))
+    if error:
+        if world.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(error)
+    return path
+
+
+def _finish(temporary: Path, path: Path, state: dict[str, Any]) -> None:
+    files = sorted(temporary.iterdir())
+    for file in files:
+        sync_file(file)
+    entries = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
+    write_json(temporary / MANIFEST, {"format": 1, "state": state, "files": entries})
+    shutil.rmtree(path, ignore_errors=True)
+    temporary.rename(path)
+    sync_folder(path.parent)
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints of a run, oldest first: those that have a manifest."""
+    names = folder.glob("step_*") if folder.is_dir() else []
+    return sorted(
+        path for path in names if re.fullmatch(r"step_\d+", path.name) and (path / MANIFEST).is_file()
+    )
+
+
+def prune_checkpoints(folder: Path, save_total_limit: int) -> None:
+    """Keep the newest `save_total_limit` checkpoints, and nothing that a broken save left behind."""
+    for path in [*find_checkpoints(folder)[:-save_total_limit], *folder.glob(".step_*.tmp")]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World, expected: dict[str, Any]
+) -> dict[str, Any]:
+    """Read a checkpoint, saved by any number of ranks, into model and optimizer; returns its state.
+
+    Checks the files' hashes first.  UserError if a file is missing or damaged, or if an entry of `expected` (model,
+    store, packing ...) differs: it is a checkpoint of something else.
+    """
+    problem, state = world.broadcast(_verify(path, expected) if world.is_main else None)
+    if problem:
+        raise UserError(problem)
+    _init_optimizer(optimizer, state["optimizer_step"])
+    tensors = _tensors(model, optimizer)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            dcp.load(
+                tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=world.world_size == 1
+            )
+    except (RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(
+            f"{path}: is a checkpoint of another model ({reason}); choose another output_dir"
+        ) from None
+    return state
+
+
+def _verify(path: Path, expected: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A sentence on what is wrong ("" if nothing is), and the state."""
+    try:
+        manifest = read_json(path / MANIFEST, "manifest of a checkpoint")
+        state, files = manifest["state"], manifest["files"]
+    except (UserError, KeyError, TypeError) as error:
+        return f"{path}: not a checkpoint ({error}); remove the folder", {}
+    for name, entry in files.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:
+            return f"{file}: is missing or damaged; remove {path} to go on from the checkpoint before it", {}
+    for key, value in expected.items():
+        if state.get(key) != value:
+            found = state.get(key)
+            return f"{path}: made with {key} = {found!r}, now {value!r}; choose another output_dir", {}
+    return "", state
+
+
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Every parameter and its optimizer state under a plain name; a tied weight stands once."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        tensors[f"model.{clean_name(name)}"] = parameter.detach()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                tensors[f"optimizer.{key}.{clean_name(name)}"] = value
+    return tensors
+
+
+def _optimizer_step(optimizer: torch.optim.Optimizer) -> float:
+    return next((float(state["step"]) for state in optimizer.state.values()), 0.0)
+
+
+def _init_optimizer(optimizer: torch.optim.Optimizer, step: float) -> None:
+    """Empty state as the first step would make it, so that a checkpoint can be read into it."""
+    if step == 0:
+        return
+    names = ("exp_avg", "exp_avg_sq") if isinstance(optimizer, torch.optim.AdamW) else ("square_avg",)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            device = parameter.device if group.get("fused") else "cpu"
+            values = {
+                name: torch.zeros_like(parameter, memory_format=torch.preserve_format) for name in names
+            }
+            optimizer.state[parameter] = {
+                "step": torch.tensor(step, dtype=torch.float32, device=device),
+                **values,
+            }

@@ -1,0 +1,169 @@
+"""Processes, devices and sharding: what a recipe applies to a model from outside.
+
+Gradients are summed over ranks, never averaged: a loss is divided once, by the count of the whole global batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from phoenix.files import UserError
+from phoenix.model.mistral import Mistral
+
+
+@dataclass
+class World:
+    """This process among all: rank, world_size, device; `stop` is set when a signal asks to end."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    stop: bool = False
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over ranks, in place: one collective for all values of a step."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def broadcast(self, value: object) -> object:
+        """The value of rank 0, on every rank."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+
+@contextlib.contextmanager
+def start_world() -> Iterator[World]:
+    """Join the processes of torchrun (RANK, WORLD_SIZE, LOCAL_RANK), or be alone; SIGTERM and SIGINT set `stop`.
+
+    Restores signal handlers at the end, and destroys only a process group that it made.
+    """
+    world = World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    if torch.cuda.is_available():
+        world.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(world.device)
+    makes_group = world.world_size > 1 and not dist.is_initialized()
+    if makes_group:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo")
+
+    def ask_to_stop(_signal: int, _frame: object) -> None:
+        world.stop = True
+
+    handlers = {}
+    with contextlib.suppress(ValueError):  # only the main thread may set handlers
+        handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield world
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if makes_group:
+            dist.destroy_process_group()
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """float32 or bfloat16; "auto": bfloat16 where the device computes with it faster than with fp32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    flags = torch.cpu.get_capabilities()
+    fast = any(value is True and ("bf16" in key) for key, value in flags.items())
+    return torch.bfloat16 if fast else torch.float32
+
+
+def parallelize(
+    model: Mistral, world: World, *, compute_dtype: torch.dtype, activation_checkpointing: bool, compile: bool
+) -> Mistral:
+    """Checkpointing of blocks, then compiling of blocks, then FSDP2 over all ranks; a lone process is not sharded.
+
+    `model` may be on the meta device: materialise it afterwards.  A tied embedding, the norm and the head form one
+    group, since they share a parameter.
+    """
+    model.compute_dtype = compute_dtype
+    layers = model.model.layers
+    for index, block in enumerate(layers):
+        if activation_checkpointing:
+            layers[index] = checkpoint_wrapper(block)
+        if compile:
+            layers[index].compile(dynamic=True)
+    if world.world_size > 1:
+        _shard(model, world, compute_dtype)
+    return model
+
+
+def _shard(model: Mistral, world: World, compute_dtype: torch.dtype) -> None:
+    mesh = init_device_mesh(world.device.type, (world.world_size,))
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    if model.config.tie_word_embeddings:
+        groups: list = [[model.model.embed_tokens, model.model.norm, model.lm_head]]
+    else:
+        groups = [model.model.embed_tokens, [model.model.norm, model.lm_head]]
+    for group in [*groups, *model.model.layers, model]:
+        fully_shard(group, mesh=mesh, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)  # gloo refuses a factor otherwise
+            module.set_gradient_divide_factor(1.0)
+    register_fsdp_forward_method(model, "logits")
+
+
+def local_parameters(model: nn.Module) -> list[Tensor]:
+    return [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+
+
+def reduce_gradients(model: nn.Module, world: World, extra: Tensor) -> tuple[float, Tensor]:
+    """The norm of the whole gradient, and `extra` [m] summed over ranks: the one collective and the one read of a step.
+
+    Whatever all ranks must agree on (sums of a loss, a stop signal) rides along in `extra`.
+    """
+    norms = torch._foreach_norm(_gradients(model))
+    total = torch.stack([norm.double().square() for norm in norms]).sum() if norms else torch.zeros(())
+    values = world.sum(torch.cat([total.double().reshape(1).to(extra.device), extra.double()]))
+    return float(values[0].sqrt()), values[1:].cpu()
+
+
+def scale_gradients(model: nn.Module, grad_norm: float, max_grad_norm: float) -> None:
+    """Clip: scale the gradient to `max_grad_norm` if its norm is larger (torch's clip_grad_norm_, its 1e-6 included)."""
+    factor = max_grad_norm / (grad_norm + 1e-6)
+    if factor < 1:
+        torch._foreach_mul_(_gradients(model), factor)
+
+
+def _gradients(model: nn.Module) -> list[Tensor]:
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    return [g for g in local if g.numel()]
+
+
+def check_world(world: World, micro_batches: int) -> None:
+    """UserError if there are more ranks than micro-batches in a global batch: some would never have work."""
+    if world.world_size > micro_batches:
+        raise UserError(
+            f"{world.world_size} processes, but a global batch has only {micro_batches} micro-batches; raise "
+            "global_batch_size, lower micro_batch_tokens, or start fewer processes"
+        )

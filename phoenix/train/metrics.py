@@ -1,0 +1,172 @@
+"""What a run writes down: metrics.jsonl (the record), the bar and trackers (views of it), FLOP and MFU.
+
+Names are TRL's; sums and counts are added over micro-batches and ranks, and divided once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from phoenix.files import UserError, atomic_write, require
+from phoenix.model.mistral import MistralConfig
+
+# Fields of metrics.jsonl that are times or memory; all others are the same in every run of the same config.
+TIMING = ("step_seconds", "tokens_per_second", "mfu", "peak_memory_gib", "time")
+
+
+def sft_sums(stats: Any, labels: Tensor) -> Tensor:
+    """[3] fp64: sums of loss, entropy and hits of a micro-batch (LabelStats of [t])."""
+    return torch.stack(
+        [-stats.logps.detach().double().sum(), stats.entropy.double().sum(), stats.hits.double().sum()]
+    )
+
+
+def sft_metrics(sums: Sequence[float], num_target_tokens: int, prefix: str = "") -> dict[str, float]:
+    """Means over the target tokens of all ranks: loss (nats), entropy (nats), mean_token_accuracy."""
+    names = ("loss", "entropy", "mean_token_accuracy")
+    return {prefix + name: float(value) / num_target_tokens for name, value in zip(names, sums)}
+
+
+class MetricsLog:
+    """metrics.jsonl, an object a line, flushed at once; cut back to `step` when a run goes on.
+
+    Numbers may be tensors: they are read when the line is written.  report_to: "tensorboard" or "wandb".
+    """
+
+    def __init__(self, folder: Path, *, step: int, report_to: Sequence[str] = (), write: bool = True) -> None:
+        self.path, self.write, self.trackers = folder / "metrics.jsonl", write, []
+        if not write:
+            return
+        kept = [row for row in read_metrics(self.path) if row["step"] <= step]
+        with atomic_write(self.path) as file:
+            file.writelines(json.dumps(row) + "\n" for row in kept)
+        self.file = open(self.path, "a", encoding="utf-8")
+        self.trackers = [TRACKERS[name](folder) for name in report_to]
+
+    def log(self, step: int, **values: Any) -> dict[str, Any]:
+        """Write one line; a number that is not finite is written as null, which is JSON where NaN is not."""
+        row: dict[str, Any] = {"step": step}
+        for name, value in values.items():
+            value = value.item() if isinstance(value, Tensor) else value
+            row[name] = None if isinstance(value, float) and not math.isfinite(value) else value
+        if self.write:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+            for track in self.trackers:
+                track(row)
+        return row
+
+    def close(self) -> None:
+        if self.write:
+            os.fsync(self.file.fileno())
+            self.file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that a kill cut off is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def progress_bar(total: int, initial: int, *, show: bool) -> tqdm:
+    """A bar on stderr; without a terminal a line a minute; nothing on other ranks."""
+    terminal = os.isatty(2)
+    return tqdm(
+        total=total, initial=initial, disable=not show, dynamic_ncols=terminal, unit="step", smoothing=0.1,
+        mininterval=0.5 if terminal else 60, maxinterval=10 if terminal else 60, ascii=not terminal,
+    )  # fmt: skip
+
+
+def training_flops(config: MistralConfig, lengths: Tensor) -> float:
+    """FLOP of one training step over documents of these lengths: 6 N a token, and 6 L d l^2 for causal attention.
+
+    N: parameters in matrix products; d: width of the heads together; a document longer than the window counts its
+    window.  Work done again by activation checkpointing is not counted (that would be HFU).
+    """
+    length = lengths.double()
+    seen = length if config.sliding_window is None else length.clamp(max=config.sliding_window)
+    pairs = (
+        (length * seen - seen * (seen - 1) / 2).sum() if config.sliding_window else length.square().sum() / 2
+    )
+    width = config.num_attention_heads * config.head_dim
+    _, in_products = config.num_parameters()
+    return float(6 * in_products * length.sum() + 12 * config.num_hidden_layers * width * pairs)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that matrix products can reach: the data sheet's for a known GPU, otherwise measured on 2048^3."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for part, value in GPU_PEAKS.items():
+            if part in name:
+                return value
+    return measure_gemm(device, dtype)
+
+
+def measure_gemm(device: torch.device, dtype: torch.dtype, size: int = 2048, repeats: int = 5) -> float:
+    """Best FLOP/s of a product of two [size, size] matrices."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = math.inf
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        product = a @ b
+        float(product[0, 0])  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Highest memory so far: of the GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _tensorboard(folder: Path) -> Any:
+    require("tensorboard", extra="tracking")
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def track(row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            if isinstance(value, int | float) and name != "step":
+                writer.add_scalar(name, value, row["step"])
+        writer.flush()
+
+    return track
+
+
+def _wandb(folder: Path) -> Any:
+    wandb = require("wandb", extra="tracking")
+    run = wandb.init(project="phoenix", name=folder.name, dir=str(folder), resume="allow")
+    return lambda row: run.log(row, step=row["step"])
+
+
+TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb}
+# Dense bf16 FLOP/s of the data sheets.
+GPU_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+
+def check_trackers(report_to: Sequence[str]) -> None:
+    """UserError for a tracker that does not exist, before anything is loaded."""
+    for name in report_to:
+        if name not in TRACKERS:
+            raise UserError(f"report_to holds {name!r}; expected some of {', '.join(TRACKERS)}")
