@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from phoenix.files import UserError
+from phoenix.files import Interrupted, UserError
 
 Config = TypeVar("Config")
 
@@ -33,8 +33,8 @@ def option(meaning: str, default: Any = dataclasses.MISSING, choices: tuple = ()
 def load_config(kind: type[Config], arguments: list[str], default_file: Path | None = None) -> Config:
     """The config from `[file.toml] [key=value ...]`; without a file, from `default_file` if there is one.
 
-    `--help` prints every field and exits.  Raises UserError for an unknown key (naming the nearest), a value of
-    the wrong type, a missing value, a file that does not exist or is no TOML.
+    `--help` prints every field and exits.  Raises UserError for an unknown key (naming the nearest), a value
+    of the wrong type, a missing value, a file that does not exist or is no TOML.
     """
     if "--help" in arguments or "-h" in arguments:
         print(help_text(kind))
@@ -62,13 +62,16 @@ def load_config(kind: type[Config], arguments: list[str], default_file: Path | N
 
 
 def run_recipe(main: Callable[[Any], Any], kind: type, default_file: Path | None = None) -> None:
-    """Run a recipe from the command line; exits with 0, 2 (UserError, one line) or what `main` ends with."""
+    """Run a recipe from the command line; exits with 0, 2 (UserError, one line) or 75 (Interrupted)."""
     try:
         main(load_config(kind, sys.argv[1:], default_file))
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(75)
 
 
 def save_config(path: Path, config: Any) -> None:

@@ -23,13 +23,19 @@ class UserError(Exception):
     """
 
 
+class Interrupted(Exception):
+    """A signal asked the run to stop, and a checkpoint holds all of it: recipes exit with 75, the same
+    command goes on."""
+
+
 def require(module: str, extra: str) -> ModuleType:
     """Import an optional package, or raise UserError that names the extra which installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise UserError(
-            f"the package {module!r} is not usable here ({error}); install it with: pip install 'phoenix-lm[{extra}]'"
+            f"the package {module!r} is not usable here ({error}); "
+            f"install it with: pip install 'phoenix-lm[{extra}]'"
         ) from None
 
 
@@ -63,9 +69,9 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` to fill; when the block ends well, it is synced and takes the place of `path`.
+    """A temporary folder beside `path` to fill; when the block ends well, it is synced and renamed to `path`.
 
-    An older folder of that name is replaced as a whole.  If the block or the disk fails, nothing stays behind.
+    An older folder of that name is replaced as a whole.  If the block or the disk fails, nothing stays.
     """
     path = Path(path)
     temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))

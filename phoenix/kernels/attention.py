@@ -1,6 +1,6 @@
 """Attention over a flat stream: grouped queries, causal, with a sliding window.
 
-`attention` is the one signature; `IMPLEMENTATIONS` at the end of the file is the one place for a further backend.
+`attention` is the one signature; `IMPLEMENTATIONS` at the end of the file is the place for a further backend.
 
     torch   SDPA segment by segment; any device and dtype; keys in one or two ranges
     varlen  torch.nn.attention.varlen, CUDA, fp16 and bf16
@@ -30,10 +30,11 @@ def attention(
 ) -> Tensor:
     """softmax(q k^T / sqrt(e)) v for every segment of the layout, causal, aligned to the end of its keys.
 
-    q [t, h, e], k and v [s, g, e] with h a multiple of g (query head i reads key head i // (h // g), Ainslie et al.
-    2023); returns [t, h, e].  window W: a query sees the last W keys up to its own position, itself included
-    (Mistral 7B, section 2); None sees all.  impl "auto": on CUDA in fp16 or bf16 `flash` where flash-attn is
-    installed, otherwise `varlen`; everything else `torch`.  Raises ValueError for shapes that do not fit.
+    q [t, h, e], k and v [s, g, e] with h a multiple of g (query head i reads key head i // (h // g), Ainslie
+    et al. 2023); returns [t, h, e].  window W: a query sees the last W keys up to its own position, itself
+    included (Mistral 7B, section 2); None sees all.  impl "auto": on CUDA in fp16 or bf16 `flash` where
+    flash-attn is installed, otherwise `varlen`; everything else `torch`.  Raises ValueError for shapes that
+    do not fit.
     """
     if q.ndim != 3 or k.shape != v.shape or q.shape[0] != layout.num_tokens or q.shape[1] % k.shape[1]:
         shapes = [list(x.shape) for x in (q, k, v)]
@@ -55,8 +56,8 @@ def _torch(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, window: int
     return out
 
 
-# An operator of its own keeps lengths out of compiled graphs, and lets the backward pass add into one buffer a
-# tensor instead of building a full-size gradient for each slice.
+# An operator of its own keeps lengths out of compiled graphs, and lets the backward pass add into one buffer
+# a tensor instead of building a full-size gradient for each slice.
 @torch.library.custom_op("phoenix::segment_attention", mutates_args=())
 def _segments(
     q: Tensor, k: Tensor, v: Tensor, q_length: Tensor, k_start: Tensor, k_length: Tensor, window: int
@@ -127,10 +128,10 @@ _segments.register_autograd(_segments_autograd, setup_context=_save_for_backward
 def _blocks(
     q_length: Tensor, k_start: Tensor, k_length: Tensor, window: int, device: torch.device
 ) -> Iterator[tuple[slice, list[tuple[int, int]], Tensor | None, bool]]:
-    """Each segment as blocks of queries: their rows, their ranges of key rows, and a mask [queries, keys] unless plain
-    causality (as many queries as keys) or none (a single query) is all there is to it.
+    """Each segment as blocks of queries: their rows, their ranges of key rows, and a mask [queries, keys]
+    unless plain causality (as many queries as keys) or none (a single query) is all there is to it.
 
-    A segment longer than the window is cut into blocks of `window` queries, which see at most 2 window - 1 keys.
+    A segment longer than the window is cut into blocks of `window` queries, which see < 2 window keys.
     """
     row = 0
     for length, starts, counts in zip(q_length.tolist(), k_start.tolist(), k_length.tolist()):
@@ -148,7 +149,10 @@ def _blocks(
 
 
 def _mask(num_q: int, num_k: int, window: int, device: torch.device) -> Tensor:
-    """[queries, keys], True where seen; the last query sees the last key.  num_q 2, num_k 4, window 2: 0110, 0011."""
+    """[queries, keys], True where seen; the last query sees the last key.
+
+    num_q 2, num_k 4, window 2: 0110, 0011.
+    """
     last = torch.arange(num_k - num_q, num_k, device=device)[:, None]
     key = torch.arange(num_k, device=device)[None]
     return (key <= last) & (key > last - window)
@@ -175,7 +179,7 @@ def _gather(x: Tensor, ranges: list[tuple[int, int]]) -> Tensor:
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
-    """SDPA of one block [1, heads, rows, e] and, where a backward pass can use it, the log-sum-exp [1, h, rows]."""
+    """SDPA of one block [1, heads, rows, e]; on a CPU with the log-sum-exp [1, h, rows] for the backward."""
     if q.device.type == "cpu":
         bias = (
             None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))

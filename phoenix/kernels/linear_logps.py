@@ -13,7 +13,7 @@ CHUNK_BYTES = 64 << 20  # logits of one chunk; larger chunks were no faster on C
 
 
 class LabelStats(NamedTuple):
-    """A value a row [t], 0 where nothing is asked: logps (nats, fp32), entropy (nats), hits (label is the arg max)."""
+    """A value a row [t], 0 where nothing is asked: logps, entropy (nats), hits (label is arg max)."""
 
     logps: Tensor
     entropy: Tensor
@@ -25,10 +25,10 @@ def linear_logps(
 ) -> LabelStats:
     """log softmax(x weight^T)[label] for every row with a label, and 0 for the others.
 
-    x [t, d], weight [v, d] of the same dtype, labels [t] int64 (-100: nothing asked).  Log-probs, entropy and the
-    soft-max are fp32 (fp64 stays).  Rows without a label cost nothing.  The logits of a backward pass are kept where
-    all of them fit into `logits_memory` bytes, and computed again otherwise: same values either way.  Entropy and
-    hits are 0 unless `stats`; they carry no gradient.
+    x [t, d], weight [v, d] of the same dtype, labels [t] int64 (-100: nothing asked).  Log-probs, entropy and
+    the soft-max are fp32 (fp64 stays).  Rows without a label cost nothing.  The logits of a backward pass are
+    kept where all of them fit into `logits_memory` bytes, and computed again otherwise: same values either
+    way.  Entropy and hits are 0 unless `stats`; they carry no gradient.
     """
     wanted = labels.ne(IGNORE_INDEX).nonzero().squeeze(1)
     logps, entropy, hits = _LinearLogps.apply(x[wanted], weight, labels[wanted], logits_memory, stats)

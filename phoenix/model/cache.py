@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class KVCache:
     """`num_slots` slots of `room` rows each: slot i owns the rows `i * room : (i + 1) * room` of every layer.
 
-    keys, values: a list, one tensor a layer, [num_slots * room, g, e]; lengths [num_slots] int64 on the CPU: the rows
-    in use.  Nothing is ever moved: a slot is freed by setting its length to 0.
+    keys, values: a list, one tensor a layer, [num_slots * room, g, e]; lengths [num_slots] int64 on the CPU:
+    the rows in use.  Nothing is ever moved: a slot is freed by setting its length to 0.
     """
 
     def __init__(

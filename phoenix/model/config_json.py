@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def read(table: dict[str, Any], where: str) -> dict[str, Any]:
-    """Arguments of MistralConfig.  UserError names file and key of what is missing, mistyped or unsupported."""
+    """Arguments of MistralConfig.  UserError names file and key of what is missing, wrong or unsupported."""
     from phoenix.model.mistral import MistralConfig
 
     if not isinstance(table, dict):
@@ -150,10 +150,10 @@ _FIXED = {
     "auto_map": (None,),
 }
 _NEUTRAL = (
-    "architectures torch_dtype dtype transformers_version use_cache pretraining_tp pad_token_id unk_token_id "
-    "name_or_path return_dict output_hidden_states output_attentions id2label label2id chunk_size_feed_forward "
-    "is_decoder tokenizer_class torchscript max_length min_length temperature top_k top_p typical_p num_beams "
-    "num_beam_groups do_sample repetition_penalty length_penalty early_stopping num_return_sequences "
-    "diversity_penalty remove_invalid_values return_dict_in_generate output_scores use_bfloat16 bad_words_ids "
-    "problem_type transformers.js_config task_specific_params"
+    "architectures torch_dtype dtype transformers_version use_cache pretraining_tp pad_token_id "
+    "unk_token_id name_or_path return_dict output_hidden_states output_attentions id2label label2id "
+    "chunk_size_feed_forward is_decoder tokenizer_class torchscript max_length min_length temperature "
+    "top_k top_p typical_p num_beams num_beam_groups do_sample repetition_penalty length_penalty "
+    "early_stopping num_return_sequences diversity_penalty remove_invalid_values return_dict_in_generate "
+    "output_scores use_bfloat16 bad_words_ids problem_type transformers.js_config task_specific_params"
 ).split()

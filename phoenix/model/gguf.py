@@ -1,8 +1,8 @@
 """A GGUF file of llama architecture -> a folder in Hugging Face layout (extra `gguf`).
 
-The file's tensors are dequantised by the `gguf` package.  llama.cpp rotates neighbouring pairs of a head, Hugging Face
-its halves: the rows of q and k are put back in order.  Tokenizer (byte-level BPE or sentencepiece) and chat template
-come along.
+The file's tensors are dequantised by the `gguf` package.  llama.cpp rotates neighbouring pairs of a head,
+Hugging Face its halves: the rows of q and k are put back in order.  Tokenizer (byte-level BPE or
+sentencepiece) and chat template come along.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from phoenix.model.pretrained import save_model
 def import_gguf(path: Path, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
     """Write `folder` (config.json, model.safetensors, tokenizer, chat template) from the GGUF file at `path`.
 
-    Raises UserError for a file that does not exist or is cut, another architecture, scaled rotary positions, a
-    quantisation that the gguf package cannot undo, or a tokenizer of an unknown kind.
+    Raises UserError for a file that does not exist or is cut, another architecture, scaled rotary positions,
+    a quantisation that the gguf package cannot undo, or a tokenizer of an unknown kind.
     """
     gguf = require("gguf", extra="gguf")
     if not Path(path).is_file():
@@ -167,15 +167,14 @@ def _byte_level(fields: dict[str, Any], pieces: list[str], path: Path) -> dict[s
 
 
 def _sentencepiece(fields: dict[str, Any], pieces: list[str], path: Path) -> dict[str, Any]:
-    """Sentencepiece BPE with byte fallback: merges are all pairs of pieces that make a piece, best score first."""
+    """Sentencepiece BPE with byte fallback; merges: pairs of pieces that make a piece, best score first."""
     scores, ids = fields["tokenizer.ggml.scores"], {piece: i for i, piece in enumerate(pieces)}
     merges = []
     for i, piece in enumerate(pieces):
         cuts = ((piece[:at], piece[at:]) for at in range(1, len(piece)))
         merges += [(-scores[i], ids[a], ids[b], [a, b]) for a, b in cuts if a in ids and b in ids]
-    prefix = (
-        [{"type": "Prepend", "prepend": "▁"}] if fields.get("tokenizer.ggml.add_space_prefix", True) else []
-    )
+    starts = fields.get("tokenizer.ggml.add_space_prefix", True)
+    prefix = [{"type": "Prepend", "prepend": "▁"}] if starts else []
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     back = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []

@@ -1,14 +1,15 @@
 """A batch is one flat stream of tokens plus a layout that says which query rows see which key rows.
 
-There is no padding and no attention-mask matrix.  A stream holds n segments one behind the other; segment i owns
-the query rows `cu_seqlens_q[i] : cu_seqlens_q[i + 1]`, and sees one or two ranges of key rows.  Attention is causal
-and aligned to the **end** of a segment's keys: its last query sees all of them, the query before it all but the last.
+There is no padding and no attention-mask matrix.  A stream holds n segments one behind the other; segment i
+owns the query rows `cu_seqlens_q[i] : cu_seqlens_q[i + 1]`, and sees one or two ranges of key rows.
+Attention is causal and aligned to the **end** of a segment's keys: its last query sees all of them, the query
+before it all but the last.
 
-    packed([3, 2])                  keys of the stream        shared_prefix(2, [2, 1]): tokens p0 p1 a0 a1 | p1 b0
-                                    0 1 2 3 4                                           0  1  2  3    4  5
-    query 0 (document 0)            1 . . . .                 query 4 (p1 again)        1  .  .  .    1  .
-    query 1                         1 1 . . .                 query 5 (b0)              1  .  .  .    1  1
-    query 2                         1 1 1 . .                 keys of segment 1: rows [0, 1) and then rows [4, 6)
+    packed([3, 2])                  keys of the stream shared_prefix(2, [2, 1]): p0 p1 a0 a1 | p1 b0
+                                    0 1 2 3 4                                    0  1  2  3    4  5
+    query 0 (document 0)            1 . . . .          query 4 (p1 again)        1  .  .  .    1  .
+    query 1                         1 1 . . .          query 5 (b0)              1  .  .  .    1  1
+    query 2                         1 1 1 . .          keys of segment 1: rows [0, 1), then rows [4, 6)
     query 3 (document 1)            . . . 1 .
     query 4                         . . . 1 1
 
@@ -35,10 +36,10 @@ if TYPE_CHECKING:
 class AttentionLayout:
     """Which query rows see which key rows.
 
-    positions [t] int64 (position of each query in its own sequence), cu_seqlens_q and cu_seqlens_k [n + 1] int32
-    live on the model's device; q_length [n], k_start and k_length [n, r] int64 (r = 1 or 2 ranges of key rows a
-    segment, in order) stay on the CPU, where slicing needs them.  With a cache, new keys go into its rows
-    `cache_rows` [t] and k_start counts rows of the cache.
+    positions [t] int64 (position of each query in its own sequence), cu_seqlens_q and cu_seqlens_k [n + 1]
+    int32 live on the model's device; q_length [n], k_start and k_length [n, r] int64 (r = 1 or 2 ranges of
+    key rows a segment, in order) stay on the CPU, where slicing needs them.  With a cache, new keys go into
+    its rows `cache_rows` [t] and k_start counts rows of the cache.
     """
 
     positions: Tensor
@@ -52,7 +53,7 @@ class AttentionLayout:
 
     @classmethod
     def packed(cls, lengths: Sequence[int]) -> AttentionLayout:
-        """Documents one behind the other, each seeing itself alone.  Raises ValueError for a length below 1."""
+        """Documents one behind the other, each seeing itself.  Raises ValueError for a length below 1."""
         q_length = _lengths(lengths)
         start = q_length.cumsum(0) - q_length
         return _layout(
@@ -61,10 +62,13 @@ class AttentionLayout:
 
     @classmethod
     def shared_prefix(cls, prefix_length: int, answer_lengths: Sequence[int]) -> AttentionLayout:
-        """A prefix and n answers to it: prefix + first answer, then for each further answer the prefix's last token
-        once more + that answer.  A further answer sees the prefix without its last token, then its own rows.
+        """A prefix and n answers to it, the prefix standing once.
 
-        So row `prefix_length - 1`, and the first row of every further segment, predict an answer's first token.
+        Segments: prefix + first answer, then for each further answer the prefix's last token once more + that
+        answer.  A further answer sees the prefix without its last token, then its own rows.
+
+        So row `prefix_length - 1`, and the first row of every further segment, predict an answer's first
+        token.
         """
         (prefix, answers) = (int(_lengths([prefix_length])[0]), _lengths(answer_lengths))
         q_length = answers + 1
@@ -118,7 +122,7 @@ class AttentionLayout:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """tokens [t] int64; labels [t] int64, already shifted: the token that row i must predict, -100 for nothing."""
+    """tokens [t] int64; labels [t] int64, already shifted: what row i must predict, -100 for nothing."""
 
     tokens: Tensor
     labels: Tensor

@@ -1,15 +1,15 @@
 """Mistral (Jiang et al. 2023, arXiv 2310.06825) on a flat stream of tokens, and its Llama relatives.
 
-Read from the bottom of a block to the top: embedding, then for each block RMSNorm, grouped-query attention with
-rotary positions and a sliding window, RMSNorm, SwiGLU; then RMSNorm and the head.  What is unusual: there is no batch
-dimension and no padding (see layout.py), and in training the head gives label log-probs, never logits.  Module names
-are those of the Hugging Face checkpoints, so there is no weight map.
+Read from the bottom of a block to the top: embedding, then for each block RMSNorm, grouped-query attention
+with rotary positions and a sliding window, RMSNorm, SwiGLU; then RMSNorm and the head.  What is unusual:
+there is no batch dimension and no padding (see layout.py), and in training the head gives label log-probs,
+never logits.  Module names are those of the Hugging Face checkpoints, so there is no weight map.
 
-Weights may be fp32 while the computation is bf16: each layer casts its weight when it uses it, so the optimizer steps
-fp32 masters, and gradients arrive in fp32.
+Weights may be fp32 while the computation is bf16: each layer casts its weight when it uses it, so the
+optimizer steps fp32 masters, and gradients arrive in fp32.
 
-Legend: t query rows of the stream, n segments, d hidden_size, f intermediate_size, v vocab_size, h query heads,
-g key/value heads, e head_dim.
+Legend: t query rows of the stream, n segments, d hidden_size, f intermediate_size, v vocab_size, h query
+heads, g key/value heads, e head_dim.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class MistralConfig:
 
     @classmethod
     def from_dict(cls, table: dict[str, Any], where: str = "config.json") -> MistralConfig:
-        """From a config.json, old or new rope keys.  UserError names what is missing, of a wrong type or unsupported."""
+        """From a config.json, old or new rope keys.  UserError names what is missing or unsupported."""
         from phoenix.model.config_json import read
 
         return cls(**read(table, where))
@@ -92,8 +92,8 @@ class MistralConfig:
 class Mistral(nn.Module):
     """A causal language model.  `model(batch)` gives label log-probs, `model.logits(tokens, layout)` logits.
 
-    compute_dtype: the dtype of activations; None: that of the weights.  neftune_noise_alpha: NEFTune (Jain et al.
-    2023), 0 for none.  logits_memory: bytes of logits that a forward pass may keep for the backward pass.
+    compute_dtype: the dtype of activations; None: that of the weights.  neftune_noise_alpha: NEFTune (Jain et
+    al. 2023), 0 for none.  logits_memory: bytes of logits that a forward pass may keep for the backward pass.
     """
 
     def __init__(
@@ -113,16 +113,17 @@ class Mistral(nn.Module):
     def forward(self, batch: PackedBatch, *, stats: bool = False) -> Tensor | LabelStats:
         """Log-probability of each row's label, [t] fp32 in nats, 0 where the label is -100.
 
-        stats: LabelStats of three such vectors instead: logps, entropy of the prediction, hits of the arg max.
+        stats: LabelStats of three such vectors: logps, entropy of the prediction, hits of the arg max.
         """
         x = self._hidden(batch.tokens, batch.layout)
         result = self.lm_head(x, batch.labels, logits_memory=self.logits_memory, stats=stats)
         return result if stats else result.logps
 
     def logits(self, tokens: Tensor, layout: AttentionLayout, *, last: bool = False) -> Tensor:
-        """Logits of the next token after each row, [t, v] in fp32 (fp64 stays); last: of each segment's last row, [n, v].
+        """Logits of the next token after each row, [t, v] in fp32 (fp64 stays).
 
-        With a cache in the layout, new keys and values are written into it.
+        last: of each segment's last row only, [n, v].  With a cache in the layout, new keys and values are
+        written into it.
         """
         x = self._hidden(tokens, layout)
         if last:
@@ -136,7 +137,7 @@ class Mistral(nn.Module):
         return self.model(tokens, layout, self.compute_dtype, alpha)
 
     def tie_weights(self) -> None:
-        """Make the head use the embedding's weight, as the config says (again after materialising a meta model)."""
+        """Make the head use the embedding's weight; materialising a meta model parts the two again."""
         self.lm_head.weight = self.model.embed_tokens.weight
 
     @torch.no_grad()
@@ -281,7 +282,7 @@ class Head(nn.Module):
 
 
 def rope_table(config: MistralConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of each row's angles, [t, 1, e / 2]: angles in fp32 (fp64 for an fp64 model), then cast to dtype."""
+    """cos and sin of each row's angles, [t, 1, e / 2]: in fp32 (fp64 stays), then cast to dtype."""
     wide = torch.promote_types(dtype, torch.float32)
     exponent = torch.arange(0, config.head_dim, 2, dtype=wide, device=positions.device) / config.head_dim
     frequency = config.rope_theta**-exponent  # [e / 2]
@@ -292,7 +293,7 @@ def rope_table(config: MistralConfig, positions: Tensor, dtype: torch.dtype) -> 
 
 
 def llama3_frequencies(frequency: Tensor, scaling: Llama3Scaling) -> Tensor:
-    """Keep short wave lengths, divide long ones by `factor`, blend between (transformers, modeling_rope_utils.py)."""
+    """Keep short wave lengths, divide long ones by `factor`, blend between (Llama 3.1's rule)."""
     turns = scaling.original_max_position_embeddings * frequency / (2 * math.pi)
     blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     blend = blend.clamp(0, 1)
@@ -300,7 +301,7 @@ def llama3_frequencies(frequency: Tensor, scaling: Llama3Scaling) -> Tensor:
 
 
 def neftune(x: Tensor, layout: AttentionLayout, alpha: float) -> Tensor:
-    """x + U(-1, 1) alpha / sqrt(l d), l the length of the row's own document (arXiv 2310.05914, algorithm 1)."""
+    """x + U(-1, 1) alpha / sqrt(l d), l the length of the row's own document (NEFTune, algorithm 1)."""
     length = layout.k_length.sum(1).repeat_interleave(layout.q_length).to(x.device)
     scale = alpha / (length[:, None] * x.shape[-1]).sqrt()  # [t, 1]
     return x + (torch.empty_like(x).uniform_(-1, 1) * scale).to(x.dtype)

@@ -1,7 +1,8 @@
 """Model folders in Hugging Face layout: config.json, safetensors (sharded with an index), tokenizer files.
 
-Loading streams tensor by tensor into the wanted dtype and device; a sharded parameter reads only its own rows.  Every
-name, shape and dtype is checked first.  Only safetensors are read: no pickle, no code of a model folder.
+Loading streams tensor by tensor into the wanted dtype and device; a sharded parameter reads only its own
+rows.  Every name, shape and dtype is checked first.  Only safetensors are read: no pickle, no code of a model
+folder.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def read_config(folder: Path) -> MistralConfig:
 def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: Any = "cpu") -> Mistral:
     """A model with the weights of `folder`, cast to `dtype` on `device`; in evaluation mode.
 
-    Raises UserError for a missing, cut or lying file, and for tensors that are missing, too many or of another shape.
+    Raises UserError for a missing, cut or lying file, and for tensors that are missing, too many or of
+    another shape.
     """
     model = meta_model(read_config(folder))
     materialise(model.to(dtype), device)
@@ -180,11 +182,11 @@ def save_model(
     texts: dict[str, str] | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write a folder in Hugging Face layout, as a whole or not at all; `manifest.json` (sizes, sha256) comes last.
+    """Write a folder in Hugging Face layout, whole or not at all; manifest.json (sizes, sha256) comes last.
 
-    dtype: that of the written tensors (default: the parameters').  A sharded model is gathered tensor by tensor: all
-    ranks must call, rank 0 writes.  generation_config: what stands in generation_config.json beside bos and eos.
-    texts: further files by name, such as README.md.
+    dtype: that of the written tensors (default: the parameters').  A sharded model is gathered tensor by
+    tensor: all ranks must call, rank 0 writes.  generation_config: what stands in generation_config.json
+    beside bos and eos.  texts: further files by name, such as README.md.
     """
     writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     with atomic_folder(folder) if writes else contextlib.nullcontext() as temporary:
