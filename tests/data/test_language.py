@@ -45,6 +45,11 @@ so rauscht der alte Bach.
 Im Garten blüht der Mohn schon,
 die Katze schläft im Gras,
 ein Junge sucht die Schuhe,
+so rauscht der alte Bach.
+
+Nun wird es Abend draußen,
+der Nebel steigt vom Tal,
+und alle gehen schlafen,
 so rauscht der alte Bach."""
 
 
@@ -157,11 +162,7 @@ def test_a_numbered_list_of_one_sentence_is_a_loop():
         "",
         "Nein, nein, nein, das geht nicht!",
         "| a | b | c | d | e | f | g |\n|---|---|---|---|---|---|---|\n| 1 | 2 | 3 | 4 | 5 | 6 | 7 |",
-        POEM
-        + POEM[-210:]
-        .replace("Garten", "Kübel")
-        .replace("Katze", "Ente")
-        .replace("Junge sucht", "Hund frisst"),
+        POEM,
         "Das Formular: ........................................................",
         "Eine Million ist 1000000, eine Milliarde ist 1000000000.",
         "| Mo | 6 × 1 min laufen |\n| Mi | 6 × 2 min laufen |\n| Fr | 6 × 3 min laufen |",
