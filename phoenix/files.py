@@ -23,7 +23,7 @@ class UserError(Exception):
     """
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818
     """A signal asked the run to stop, and a checkpoint holds all of it: recipes exit with 75, the same
     command goes on."""
 
@@ -47,7 +47,7 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     an OSError (a full disk, a read-only folder) becomes a UserError that names the file.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path, "tmp")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,13 +57,11 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free space or choose another place"
-        ) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # a name too long, or a file where a folder should be
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise _cannot_write(path, error) from error
         raise
 
 
@@ -71,11 +69,16 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path` to fill; when the block ends well, it is synced and renamed to `path`.
 
-    An older folder of that name is replaced as a whole.  If the block or the disk fails, nothing stays.
+    An older folder of that name is replaced as a whole if it is empty or Phoenix wrote it (manifest.json);
+    UserError otherwise.  If the block or the disk fails, nothing stays, and the older folder is as before.
     """
-    path = Path(path)
-    temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    path = Path(path).resolve()
+    temporary, old = _beside(path, "tmp"), _beside(path, "old")
     try:
+        if path.exists() and not (path / "manifest.json").is_file() and any(path.iterdir()):
+            raise UserError(
+                f"{path}: holds files of others (no manifest.json); choose another folder or move it"
+            )
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
@@ -86,14 +89,23 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
         sync_folder(path.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free space or choose another place"
-        ) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):  # there may be no older folder
+            shutil.rmtree(old) if path.exists() else os.replace(old, path)
+        if isinstance(error, OSError):
+            raise _cannot_write(path, error) from error
         raise
+
+
+def _beside(path: Path, end: str) -> Path:
+    if path.name in ("", ".."):
+        raise UserError(f"{path}: has no name of its own to write to; write the full path")
+    return path.with_name(f".{path.name}.{os.getpid()}.{end}")
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write {path}: {error.strerror or error}; free space or choose another place")
 
 
 def sync_file(path: Path) -> None:
@@ -126,7 +138,9 @@ def read_json(path: Path, what: str = "JSON file") -> Any:
         raise UserError(f"{path} is a folder; expected the {what}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8; expected the {what}") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); expected the {what}") from None
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of more than 4,300 digits
         line = getattr(error, "lineno", 1)
         raise UserError(f"{path}, line {line}: not valid JSON ({error}); expected the {what}") from None
 
@@ -139,8 +153,8 @@ def sha256(path: Path) -> str:
 
 def inside(folder: Path, name: str) -> Path:
     """`folder / name`, for a plain file name found in data; UserError if it would lead out of the folder."""
-    plain = name and name not in (".", "..") and not set(name) & {"/", "\\", "\0", "\n"} and len(name) <= 255
-    if not plain or (Path(folder) / name).is_symlink():
+    plain = name not in ("", ".", "..") and name.isprintable() and not set(name) & {"/", "\\"}
+    if not plain or len(name.encode()) > 255 or (Path(folder) / name).is_symlink():
         raise UserError(
             f"{folder}: {name!r} is not the plain name of a file in this folder; remove or correct it"
         )
