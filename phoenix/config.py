@@ -11,7 +11,10 @@ Values are converted to the annotated type or refused; nothing is guessed.
 
 import dataclasses
 import difflib
+import json
+import math
 import os
+import re
 import sys
 import tomllib
 import types
@@ -39,13 +42,14 @@ def load_config(kind: type[Config], arguments: list[str], default_file: Path | N
     if "--help" in arguments or "-h" in arguments:
         print(help_text(kind))
         sys.exit(0)
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    if flags:
+        raise UserError(f"unknown flag {flags[0]!r}; fields are set as key=value, and --help lists them")
     files = [argument for argument in arguments if "=" not in argument]
     if len(files) > 1:
         raise UserError(
             f"{files[1]!r} is not key=value, and {files[0]!r} is the config file already; write key=value"
         )
-    if files and files[0].startswith("-"):
-        raise UserError(f"unknown flag {files[0]!r}; fields are set as key=value, and --help lists them")
     path = Path(files[0]) if files else default_file
     values = _read_toml(kind, path) if path is not None else {}
     for argument in arguments:
@@ -81,8 +85,7 @@ def save_config(path: Path, config: Any) -> None:
     with atomic_write(path) as file:
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
-            if value is not None:
-                file.write(f"{field.name} = {_to_toml(value)}\n")
+            file.write(f"{field.name} = {_to_toml('none' if value is None else value)}\n")
 
 
 def help_text(kind: type) -> str:
@@ -144,29 +147,26 @@ def _read_toml(kind: type, path: Path) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such config file") from None
-    except (IsADirectoryError, UnicodeDecodeError, PermissionError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a TOML file ({error})") from None
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of more than 4,300 digits
         raise UserError(f"{path}: not valid TOML: {error}") from None
     values = {}
     for key, value in table.items():
-        lines = (
-            n for n, line in enumerate(text.splitlines(), 1) if line.split("=")[0].strip().strip("\"'") == key
-        )
-        where = f"{path}, line {next(lines, '?')}"
+        found = re.search(rf"""^\s*\[*\s*["']?{re.escape(key)}["']?\s*[=.\]]""", text, re.MULTILINE)
+        line = text.count("\n", 0, found.end()) + 1 if found else "?"
+        where = f"{path}, line {line}"
         values[key] = _convert(_field(kind, key, where), value, where)
     return values
 
 
 def _from_text(field: tuple[dataclasses.Field, Any], text: str, where: str) -> Any:
     """A value of the command line: TOML where it parses as such, otherwise the text itself."""
-    if text == "none":
-        return _convert(field, None, where)
     try:
         value = tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text
     if not isinstance(value, str) and _accepts_text(field[1]):
         value = text
@@ -185,34 +185,44 @@ def _alternatives(annotation: Any) -> tuple:
 
 def _convert(field: tuple[dataclasses.Field, Any], value: Any, where: str) -> Any:
     definition, annotation = field
+    if value == "none" and types.NoneType in _alternatives(annotation):
+        return None  # TOML has no null
     for kind in _alternatives(annotation):
         accept = _CONVERSIONS.get(typing.get_origin(kind) or kind)
         converted = accept(kind, value) if accept else None
-        if converted is not None or (value is None and kind is types.NoneType):
-            choices = definition.metadata.get("choices")
-            if choices and converted is not None and converted not in choices:
-                near = difflib.get_close_matches(str(converted), map(str, choices), n=1)
-                hint = f"did you mean {near[0]!r}?" if near else "choose one of them"
-                raise UserError(
-                    f"{where}: {definition.name} is {value!r}; expected one of {', '.join(choices)}; {hint}"
-                )
+        if converted is not None:
+            _check_choices(definition, converted, where)
             return converted
     expected = _type_name(annotation)
     raise UserError(f"{where}: {definition.name} is {value!r}; expected {expected}; correct the value")
 
 
-def _number(text: Any, kind: Callable) -> Any:
+def _check_choices(definition: dataclasses.Field, value: Any, where: str) -> None:
+    choices = definition.metadata.get("choices")
+    for item in value if isinstance(value, tuple) else (value,):
+        if choices and item not in choices:
+            names = list(map(str, choices))
+            near = difflib.get_close_matches(str(item), names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "choose one of them"
+            expected = f"expected one of {', '.join(names)}"
+            raise UserError(f"{where}: {definition.name} is {item!r}; {expected}; {hint}")
+
+
+def _float(_kind: Any, value: Any) -> float | None:
+    """Also from text, as TRL's configs write 1e-5 in quotes; nan is no setting."""
     try:
-        return kind(text)
-    except (TypeError, ValueError):
+        number = None if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
         return None
+    return None if number is None or math.isnan(number) else number
 
 
 def _tuple(kind: Any, value: Any) -> tuple | None:
-    if not isinstance(value, list):
+    """tuple[float, ...] takes a list of any length, tuple[float, float] one of two numbers."""
+    kinds = typing.get_args(kind)
+    if not isinstance(value, list) or (kinds[-1] is not Ellipsis and len(value) != len(kinds)):
         return None
-    accept = _CONVERSIONS[typing.get_args(kind)[0]]
-    items = tuple(accept(typing.get_args(kind)[0], item) for item in value)
+    items = tuple(_CONVERSIONS[kinds[0]](kinds[0], item) for item in value)
     return None if None in items else items
 
 
@@ -220,7 +230,7 @@ def _tuple(kind: Any, value: Any) -> tuple | None:
 _CONVERSIONS = {
     bool: lambda kind, value: value if isinstance(value, bool) else None,
     int: lambda kind, value: value if isinstance(value, int) and not isinstance(value, bool) else None,
-    float: lambda kind, value: None if isinstance(value, bool) else _number(value, float),
+    float: _float,
     str: lambda kind, value: value if isinstance(value, str) else None,
     Path: lambda kind, value: Path(value) if isinstance(value, str) and value else None,
     tuple: _tuple,
@@ -231,7 +241,9 @@ def _type_name(annotation: Any) -> str:
     names = []
     for kind in _alternatives(annotation):
         if typing.get_origin(kind) is tuple:
-            names.append(f"list of {_type_name(typing.get_args(kind)[0])}")
+            item, *rest = typing.get_args(kind)
+            number = "" if Ellipsis in rest else f"{len(rest) + 1} "
+            names.append(f"list of {number}{_type_name(item)}")
         else:
             names.append("none" if kind is types.NoneType else getattr(kind, "__name__", str(kind)).lower())
     return " or ".join(names)
@@ -246,5 +258,4 @@ def _to_toml(value: Any) -> str:
         return repr(value)
     if isinstance(value, tuple | list):
         return "[" + ", ".join(map(_to_toml, value)) + "]"
-    escaped = str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
-    return f'"{escaped}"'
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML escapes as JSON does
