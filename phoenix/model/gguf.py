@@ -178,12 +178,13 @@ def _sentencepiece(fields: dict[str, Any], pieces: list[str], path: Path) -> dic
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     back = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
+    decoders = [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]
     unknown = pieces[fields.get("tokenizer.ggml.unknown_token_id", 0)]
     return {
         "normalizer": {"type": "Sequence", "normalizers": [*prefix, replace]},
         "pre_tokenizer": None,
         "post_processor": None,
-        "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
+        "decoder": {"type": "Sequence", "decoders": decoders},
         "model": {
             "type": "BPE", "unk_token": unknown, "fuse_unk": True, "byte_fallback": True,
             "vocab": ids, "merges": [merge[-1] for merge in sorted(merges)],

@@ -70,7 +70,7 @@ class AttentionLayout:
         So row `prefix_length - 1`, and the first row of every further segment, predict an answer's first
         token.
         """
-        (prefix, answers) = (int(_lengths([prefix_length])[0]), _lengths(answer_lengths))
+        prefix, answers = int(_lengths([prefix_length])[0]), _lengths(answer_lengths)
         q_length = answers + 1
         q_length[0] += prefix - 1
         start = q_length.cumsum(0) - q_length
@@ -84,9 +84,15 @@ class AttentionLayout:
     def prefill(cls, lengths: Sequence[int], cache: KVCache, slots: Sequence[int]) -> AttentionLayout:
         """New tokens of the sequences in `slots` of a cache; each sees what its slot holds, then itself.
 
-        Raises ValueError if a slot has no room for them.  `cache.advance(slots, lengths)` afterwards.
+        Raises ValueError for slots without room, or that do not exist.  `cache.advance(slots, lengths)` after it.
         """
         q_length, slot = _lengths(lengths), torch.as_tensor(slots, dtype=torch.int64)
+        wanted, last = slot.tolist(), len(cache.lengths) - 1
+        if not len(wanted) == len(set(wanted)) == len(lengths) or not 0 <= min(wanted) <= max(wanted) <= last:
+            raise ValueError(
+                f"slots must be different numbers from 0 to {last}, one for each of {len(lengths)} lengths, "
+                f"got {wanted}"
+            )
         held = cache.lengths[slot]
         if int((held + q_length).max()) > cache.room:
             raise ValueError(
