@@ -1,11 +1,12 @@
-"""Resumable checkpoints: model and optimizer by torch.distributed.checkpoint in safetensors, the rest as JSON.
+"""Resumable checkpoints: model and optimizer by torch.distributed.checkpoint in safetensors, the rest as
+JSON.
 
     checkpoints/step_000123/
       shard-00001-model-00001-of-00001.safetensors    one a rank; any number of ranks reads them again
       manifest.json                                   written last: state, sizes and sha256 of the files
 
-The random numbers of a step are a function of (seed, step, micro-batch), so there is no generator to save; the
-optimizer's step counter is one number for all parameters and stands in the state.  Nothing is pickled.
+The random numbers of a step are a function of (seed, step, micro-batch), so there is no generator to save;
+the optimizer's step counter is one number for all parameters and stands in the state.  Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -85,8 +86,8 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Read a checkpoint, saved by any number of ranks, into model and optimizer; returns its state.
 
-    Checks the files' hashes first.  UserError if a file is missing or damaged, or if an entry of `expected` (model,
-    store, packing ...) differs: it is a checkpoint of something else.
+    Checks the files' hashes first.  UserError if a file is missing or damaged, or if an entry of `expected`
+    (model, store, packing ...) differs: it is a checkpoint of something else.
     """
     problem, state = world.broadcast(_verify(path, expected) if world.is_main else None)
     if problem:

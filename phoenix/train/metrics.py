@@ -50,7 +50,7 @@ class MetricsLog:
         kept = [row for row in read_metrics(self.path) if row["step"] <= step]
         with atomic_write(self.path) as file:
             file.writelines(json.dumps(row) + "\n" for row in kept)
-        self.file = open(self.path, "a", encoding="utf-8")
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115, closed by `close`
         self.trackers = [TRACKERS[name](folder) for name in report_to]
 
     def log(self, step: int, **values: Any) -> dict[str, Any]:
@@ -92,11 +92,55 @@ def progress_bar(total: int, initial: int, *, show: bool) -> tqdm:
     )  # fmt: skip
 
 
-def training_flops(config: MistralConfig, lengths: Tensor) -> float:
-    """FLOP of one training step over documents of these lengths: 6 N a token, and 6 L d l^2 for causal attention.
+def update_bar(bar: tqdm, row: dict[str, Any]) -> None:
+    bar.set_postfix_str(
+        f"loss {row['loss'] or math.nan:.4f}, lr {row['learning_rate']:.2e}, "
+        f"{row['tokens_per_second']:.0f} tok/s, mfu {row['mfu']:.1%}",
+        refresh=False,
+    )
+    bar.update()
 
-    N: parameters in matrix products; d: width of the heads together; a document longer than the window counts its
-    window.  Work done again by activation checkpointing is not counted (that would be HFU).
+
+def write_samples(path: Path, step: int, rows: Sequence[dict[str, Any]], *, write: bool = True) -> None:
+    """Add the replies of `step` to samples.jsonl, after those of earlier steps; the file is replaced as a
+    whole.
+    """
+    if write and rows:
+        kept = [row for row in read_metrics(path) if row["step"] < step]
+        with atomic_write(path) as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in [*kept, *rows])
+
+
+def training_memory(
+    config: MistralConfig,
+    dtype: torch.dtype,
+    world_size: int,
+    optim: str,
+    *,
+    micro_batch_tokens: int,
+    activation_checkpointing: bool,
+    logits_memory: float,
+) -> float:
+    """Bytes a rank needs about: fp32 weights, gradients and optimizer state (sharded), activations, logits.
+
+    A block keeps for each token its inputs and outputs of norms, projections, attention and gate: about 8 d +
+    2 (h + 2 g) e + 4 f numbers; with checkpointing one d, and one whole block at a time.
+    """
+    state = config.num_parameters()[0] * 4 * (4 if optim == "adamw" else 3) / world_size
+    heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    block = 8 * config.hidden_size + 2 * heads + 4 * config.intermediate_size
+    layers = config.num_hidden_layers
+    a_token = block + layers * config.hidden_size if activation_checkpointing else block * layers
+    logits = min(logits_memory, micro_batch_tokens * config.vocab_size * dtype.itemsize)
+    return state + micro_batch_tokens * a_token * dtype.itemsize + logits
+
+
+def training_flops(config: MistralConfig, lengths: Tensor) -> float:
+    """FLOP of one training step over documents of these lengths: 6 N a token, and 6 L d l^2 for causal
+    attention.
+
+    N: parameters in matrix products; d: width of the heads together; a document longer than the window counts
+    its window.  Work done again by activation checkpointing is not counted (that would be HFU).
     """
     length = lengths.double()
     seen = length if config.sliding_window is None else length.clamp(max=config.sliding_window)
@@ -109,7 +153,7 @@ def training_flops(config: MistralConfig, lengths: Tensor) -> float:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s that matrix products can reach: the data sheet's for a known GPU, otherwise measured on 2048^3."""
+    """FLOP/s that matrix products reach: the data sheet's for a known GPU, otherwise measured on 2048^3."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         name = torch.cuda.get_device_name(device)
         for part, value in GPU_PEAKS.items():

@@ -19,8 +19,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW or RMSprop over a model's parameters; matrices decay, norms do not (there are no biases).
 
-    optim: a name in OPTIMIZERS.  The defaults are those of transformers, hence of the alignment-handbook.  RMSprop
-    has alpha 0.99, no momentum and no use for `betas`, as the handbook's DPO ran it.
+    optim: a name in OPTIMIZERS.  The defaults are those of transformers, hence of the alignment-handbook.
+    RMSprop has alpha 0.99, no momentum and no use for `betas`, as the handbook's DPO ran it.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
@@ -43,7 +43,8 @@ def _rmsprop(groups: list[dict], learning_rate: float, _betas: tuple, eps: float
 def learning_rate_factor(schedule: str, step: int, total_steps: int, warmup_steps: int = 0) -> float:
     """The learning rate of step 0, 1, ... as a share of its peak, as transformers' schedulers give it.
 
-    schedule: a name in SCHEDULES.  Warm-up rises linearly from 0 at step 0; after `total_steps` it stays at the end.
+    schedule: a name in SCHEDULES.  Warm-up rises linearly from 0 at step 0; after `total_steps` it stays at
+    the end.
     """
     if step < warmup_steps:
         return step / warmup_steps
