@@ -36,13 +36,22 @@ def attention(
     flash-attn is installed, otherwise `varlen`; everything else `torch`.  Raises ValueError for shapes that
     do not fit.
     """
-    if q.ndim != 3 or k.shape != v.shape or q.shape[0] != layout.num_tokens or q.shape[1] % k.shape[1]:
+    fits = q.ndim == k.ndim == 3 and k.shape == v.shape and q.shape[2] == k.shape[2]
+    if not fits or q.shape[0] != layout.num_tokens or q.shape[1] % k.shape[1]:
         shapes = [list(x.shape) for x in (q, k, v)]
         raise ValueError(
             f"expected q [t, h, e] with t = {layout.num_tokens}, k and v [s, g, e], got {shapes}"
         )
+    if window is not None and window < 1:
+        raise ValueError(f"expected a window of at least 1 key, or None, got {window}")
+    vendors = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)
     if impl == "auto":
-        impl = _vendor() if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) else "torch"
+        impl = _vendor() if vendors else "torch"
+    if impl not in IMPLEMENTATIONS or (impl != "torch" and not vendors):
+        raise ValueError(
+            f"impl {impl!r} cannot run in {q.dtype} on {q.device}; "
+            f"of {', '.join(IMPLEMENTATIONS)} only torch runs without CUDA and a 16-bit dtype"
+        )
     return IMPLEMENTATIONS[impl](q, k, v, layout, window)
 
 
@@ -64,7 +73,7 @@ def _segments(
 ) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))  # [h, t]
-    for rows, ranges, mask, causal in _blocks(q_length, k_start, k_length, window, q.device):
+    for rows, ranges, mask, causal in _blocks(q_length, k_start, k_length, window, k):
         keys, values = _gather(k, ranges), _gather(v, ranges)
         part, part_lse = _forward(_heads(q[rows]), keys, values, mask, causal)
         out[rows] = part[0].transpose(0, 1)
@@ -86,7 +95,7 @@ def _segments_backward(
     q_length: Tensor, k_start: Tensor, k_length: Tensor, window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    for rows, ranges, mask, causal in _blocks(q_length, k_start, k_length, window, q.device):
+    for rows, ranges, mask, causal in _blocks(q_length, k_start, k_length, window, k):
         keys, values = _gather(k, ranges), _gather(v, ranges)
         parts = _backward(
             _heads(grad[rows]),
@@ -126,7 +135,7 @@ _segments.register_autograd(_segments_autograd, setup_context=_save_for_backward
 
 
 def _blocks(
-    q_length: Tensor, k_start: Tensor, k_length: Tensor, window: int, device: torch.device
+    q_length: Tensor, k_start: Tensor, k_length: Tensor, window: int, k: Tensor
 ) -> Iterator[tuple[slice, list[tuple[int, int]], Tensor | None, bool]]:
     """Each segment as blocks of queries: their rows, their ranges of key rows, and a mask [queries, keys]
     unless plain causality (as many queries as keys) or none (a single query) is all there is to it.
@@ -134,6 +143,8 @@ def _blocks(
     A segment longer than the window is cut into blocks of `window` queries, which see < 2 window keys.
     """
     row = 0
+    if int((k_start + k_length).max()) > len(k):
+        raise ValueError(f"the layout names key row {int((k_start + k_length).max()) - 1} of {len(k)} rows")
     for length, starts, counts in zip(q_length.tolist(), k_start.tolist(), k_length.tolist()):
         total = sum(counts)
         step = length if not window or total <= window else window
@@ -143,7 +154,7 @@ def _blocks(
             high = total - length + last
             rows, num_q, num_k = slice(row + first, row + last), last - first, high - low
             masked = num_q > 1 and (num_q != num_k or bool(window and num_k > window))
-            mask = _mask(num_q, num_k, window or num_k, device) if masked else None
+            mask = _mask(num_q, num_k, window or num_k, k.device) if masked else None
             yield rows, _cut(starts, counts, low, high), mask, num_q > 1 and not masked
         row += length
 

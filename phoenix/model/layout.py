@@ -84,7 +84,7 @@ class AttentionLayout:
     def prefill(cls, lengths: Sequence[int], cache: KVCache, slots: Sequence[int]) -> AttentionLayout:
         """New tokens of the sequences in `slots` of a cache; each sees what its slot holds, then itself.
 
-        Raises ValueError for slots without room, or that do not exist.  `cache.advance(slots, lengths)` after it.
+        Raises ValueError for slots that are full or do not exist.  `cache.advance(slots, lengths)` after it.
         """
         q_length, slot = _lengths(lengths), torch.as_tensor(slots, dtype=torch.int64)
         wanted, last = slot.tolist(), len(cache.lengths) - 1

@@ -129,6 +129,7 @@ def test_a_prefix_without_a_token_is_refused():
             [0, 0],
             r"slots must be different numbers from 0 to 1, one for each of 2 lengths, got \[0, 0\]",
         ),
+        ([1, 1], [0, 0, 1], "slots must be"),
         ([1], [2], "slots must be"),
         ([1], [-1], "slots must be"),
         ([1, 1], [0], "slots must be"),
