@@ -1,4 +1,4 @@
-"""Small tokenizers for all tests, trained in a second on a few lines of German and English.
+"""Fixtures for all tests: small tokenizers, trained in a second on a few lines, and tiny random models.
 
 Where CI=true, a test marked `peers` may not be skipped: a missing peer package fails, and the number of peers
 tests that ran is printed.
@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tokenizers
+import torch
+from ranks import two_ranks as two_ranks
+
+from phoenix.model.mistral import Llama3Scaling, Mistral, MistralConfig
 
 LINES = [
     "Der Zug nach Köln fährt heute zwölf Minuten später ab, weil auf der Strecke gebaut wird.",
@@ -84,6 +88,37 @@ def sp_tokenizer_folder(tmp_path_factory) -> Path:
         folder, tokenizer_class="LlamaTokenizer", bos_token="<s>", eos_token="</s>", add_bos_token=True
     )
     return folder
+
+
+# At the usual std of 0.02 a tiny model hardly feels its positions or its window.
+TINY = {
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+}
+TINY_CONFIGS = {
+    "mistral": MistralConfig(**TINY, num_key_value_heads=2, head_dim=8, sliding_window=5),
+    "llama": MistralConfig(
+        **TINY, num_key_value_heads=1, head_dim=16, sliding_window=None, tie_word_embeddings=True,
+        rope_scaling=Llama3Scaling(4.0, 1.0, 4.0, 16), model_type="llama",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(params=TINY_CONFIGS)
+def tiny_config(request) -> MistralConfig:
+    """Mistral: window of 5, untied, 2 heads a group.  Llama: tied, llama3 scaling, 4 heads a group."""
+    return TINY_CONFIGS[request.param]
+
+
+@pytest.fixture
+def tiny_model(tiny_config) -> Mistral:
+    """Random fp32 weights, the same at each call, in evaluation mode."""
+    return Mistral(tiny_config).init_weights(torch.Generator().manual_seed(0)).eval()
 
 
 @pytest.hookimpl(wrapper=True)
