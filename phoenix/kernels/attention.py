@@ -12,6 +12,7 @@ Legend: t query rows, s key rows, h query heads, g key/value heads, e head_dim.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -234,7 +235,15 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, window: in
     # Mistral's window counts the query itself; the left bound of flash attention does not.
     left = window - 1 if window else -1
     lengths = (layout.cu_seqlens_q, layout.cu_seqlens_k, layout.max_q, layout.max_k)
-    return varlen_attn(q, k, v, *lengths, window_size=(left, 0), enable_gqa=True)
+    return varlen_attn(q, k, v, *lengths, window_size=(left, 0), **_grouped_queries())
+
+
+@torch.compiler.assume_constant_result
+def _grouped_queries() -> dict[str, bool]:
+    """varlen_attn of torch 2.11 takes grouped queries as they come, later ones want `enable_gqa` for them."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, layout: AttentionLayout, window: int | None) -> Tensor:
