@@ -1,0 +1,125 @@
+"""Files of rows, whatever their form: .jsonl, .jsonl.gz, .json, .csv, .parquet.
+
+A reader trusts nothing: each line is checked before it is parsed, and each complaint names file and line.
+"""
+
+import contextlib
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from phoenix.files import UserError, require
+
+MAX_LINE = 64 * 2**20  # bytes; real conversations stay below 1 MB
+MAX_INFLATION = 200  # of a gzip file: 3 to 20 on text, 1032 on zeros
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, row) of each row of a file; for .json and .parquet the number of the row, from 1.
+
+    Blank lines are skipped, a BOM and CRLF are accepted.  Raises UserError naming file and line for what is
+    no UTF-8, holds a NUL, does not parse, is no object or is longer than MAX_LINE, and for a damaged file.
+    """
+    path = Path(path)
+    reader = next((read for ending, read in READERS.items() if path.name.endswith(ending)), None)
+    if not path.is_file() or reader is None:
+        found = "ends otherwise" if path.is_file() else "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"{path} {found}; expected a file of rows that ends in one of {', '.join(READERS)}")
+    for line, row in reader(path):
+        if not isinstance(row, dict):
+            raise UserError(
+                f"{path}, line {line}: found a {type(row).__name__}; expected an object of fields"
+            )
+        yield line, row
+
+
+@contextlib.contextmanager
+def _at(path: Path, line: int) -> Iterator[None]:
+    """Give an error of a reader its place and its sentence."""
+    try:
+        yield
+    except (ValueError, RecursionError, EOFError, OSError, zlib.error, csv.Error) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}, line {line}: cannot be read ({reason}); correct or remove it") from None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines, checked one by one, so that neither a huge line nor a gzip bomb fills the memory."""
+    number, size, zipped = 0, 0, path.name.endswith(".gz")
+    most = MAX_LINE + MAX_INFLATION * path.stat().st_size
+    with contextlib.ExitStack() as stack:
+        with _at(path, 1):
+            file = stack.enter_context((gzip.open if zipped else open)(path, "rb"))
+        while True:
+            with _at(path, number + 1):
+                line = file.readline(MAX_LINE + 1)
+                number, size = number + 1, size + len(line)
+                if len(line) > MAX_LINE or size > most or b"\0" in line:
+                    raise ValueError(
+                        f"a NUL byte, a line above {MAX_LINE} bytes, or gzip above {MAX_INFLATION}:1"
+                    )
+                decoded = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            if not line:
+                return
+            yield number, decoded
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    for number, line in _lines(path):
+        if line.strip():
+            with _at(path, number):
+                row = json.loads(line, object_pairs_hook=_object)
+            yield number, row
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(value := dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return value
+
+
+def _json(path: Path) -> Iterator[tuple[int, Any]]:
+    """A list of objects, read whole; without a "[" at the start: JSON lines, as in many files of the hub."""
+    if not next((line for _, line in _lines(path) if line.strip()), "").lstrip().startswith("["):
+        yield from _json_lines(path)
+        return
+    with _at(path, 1):
+        rows = json.loads("".join(line for _, line in _lines(path)), object_pairs_hook=_object)
+    yield from enumerate(rows, 1)
+
+
+def _csv(path: Path) -> Iterator[tuple[int, Any]]:
+    """The line is the last one of a row, which may have several."""
+    csv.field_size_limit(MAX_LINE)
+    reader, header = csv.reader((line for _, line in _lines(path)), strict=True), []
+    while True:
+        with _at(path, reader.line_num + 1):
+            cells = next(reader, None)
+        if cells is None:
+            return
+        with _at(path, reader.line_num):
+            if header and cells and len(cells) != len(header):
+                raise ValueError(f"{len(cells)} cells, but the header has {len(header)}")
+        if header and cells:
+            yield reader.line_num, dict(zip(header, cells))
+        header = header or cells
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
+    arrow, parquet = require("pyarrow", "data"), require("pyarrow.parquet", "data")
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=256):
+            yield from enumerate(batch.to_pylist(), number + 1)
+            number += len(batch)
+    except (arrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}, row {number + 1}: no sound parquet file ({error}); get it again") from None
+
+
+READERS = {
+    ".jsonl": _json_lines, ".jsonl.gz": _json_lines, ".json": _json, ".csv": _csv, ".parquet": _parquet,
+}  # fmt: skip
