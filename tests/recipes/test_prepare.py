@@ -1,0 +1,281 @@
+"""prepare as people run it: rows in files -> a store, the same whatever the number of workers."""
+
+import dataclasses
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from phoenix import chat
+from phoenix.config import load_config
+from phoenix.data.store import MANIFEST, TokenStore
+from phoenix.files import UserError
+from phoenix.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "recipes"))
+import prepare  # noqa: E402
+
+WORDS = "Der Zug nach Köln fährt heute zwölf Minuten später ab weil auf der Strecke gebaut wird".split()
+
+
+def say(*contents):
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+def conversations(count, seed=0):
+    draw = random.Random(seed)
+    text = lambda: " ".join(draw.choices(WORDS, k=draw.randint(1, 12)))  # noqa: E731
+    return [{"messages": say(*(text() for _ in range(2 * draw.randint(1, 3)))), "n": i} for i in range(count)]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def configure(tmp_path, bpe_tokenizer_folder):
+    def configure(rows, **options):
+        files = rows if isinstance(rows, tuple) else (write(tmp_path / "rows.jsonl", rows),)
+        base = prepare.PrepareConfig(files, tmp_path / "store", bpe_tokenizer_folder, num_workers=1)
+        return dataclasses.replace(base, **options)
+
+    return configure
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_store_holds_the_rendered_rows(configure, bpe_tokenizer_folder, capsys):
+    rows = conversations(50)
+    folder = prepare.main(configure(rows))
+    tokenizer, store = Tokenizer.from_pretrained(bpe_tokenizer_folder), TokenStore.open(folder, verify=True)
+    assert len(store) == 50
+    for index, row in enumerate(rows):
+        rendered = chat.render(row["messages"], tokenizer, "chatml")
+        tokens, mask = store.document(index)
+        assert tokens.tolist() == rendered.tokens and mask.tolist() == rendered.loss_mask
+        name = store.origins(int(store.offsets[index]), int(store.offsets[index + 1]))
+        assert name == [f"{folder.parent / 'rows.jsonl'}, line {index + 1}"]
+    store.require_tokenizer(tokenizer.digest)
+    assert store.manifest["chat_template"] == "chatml" and store.manifest["kind"] == "documents"
+    assert not (folder / "preview.html").exists() and not TokenStore.has_split(folder, "eval")
+    out = capsys.readouterr().out
+    assert "rows in" in out and f"{store.lengths.sum()}" in out and str(folder) in out
+
+
+def test_the_store_is_the_same_for_any_number_of_workers(configure, tmp_path):
+    rows = conversations(150)
+    files = (
+        write(tmp_path / "a.jsonl", rows),
+        write(tmp_path / "b.jsonl", [*rows[:20], *conversations(70, 1)]),
+    )
+    options = {"shard_tokens": 2000, "eval_fraction": 0.2, "max_length": 120, "preview": 3}
+    stores = []
+    for workers in (1, 2, 3):
+        folder = prepare.main(
+            configure(files, num_workers=workers, output=tmp_path / f"s{workers}", **options)
+        )
+        stores.append(contents(folder))
+    assert stores[0] == stores[1] == stores[2]
+    assert len(stores[0]) > 8 and b"duplicate" in stores[0][MANIFEST] and b"too_long" in stores[0][MANIFEST]
+
+
+def test_filters_count_what_they_drop(configure, tmp_path):
+    long = {"messages": say("Warum?", "weil " * 200)}
+    rows = [
+        {"messages": say("Hallo", "Guten Tag")},
+        {"messages": say("hallo", "Guten  Tag")},
+        long,
+        {"messages": say("Hallo", "\u200b")},
+        {"text": "Ein Text."},
+        {"text": "\n"},
+        {"messages": say("Hallo", "Guten Tag!"), "license": "CC0-1.0"},
+    ]
+    files = write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", rows[:1])
+    store = TokenStore.open(prepare.main(configure(files, max_length=100, license="MIT")))
+    first, second = store.manifest["inputs"]
+    assert (first["rows"], first["kept"]) == (7, 3)
+    assert first["dropped"] == {"duplicate": 1, "empty": 2, "too_long": 1}
+    assert first["licenses"] == {"CC0-1.0": 1, "MIT": 2}
+    assert (second["rows"], second["kept"], second["dropped"]) == (1, 0, {"duplicate": 1})
+    assert len(store) == 3
+    twice = TokenStore.open(prepare.main(configure(files, max_length=100, dedup=False)))
+    assert len(twice) == 5
+
+
+def test_a_row_of_just_max_length_stays_whole(configure):
+    rows = conversations(40)
+    lengths = TokenStore.open(prepare.main(configure(rows))).lengths
+    limit = int(np.sort(lengths)[20])
+    store = TokenStore.open(prepare.main(configure(rows, max_length=limit)))
+    assert store.lengths.tolist() == [length for length in lengths if length <= limit]
+    assert store.lengths.max() == limit
+
+
+def test_a_row_lands_on_its_side_whatever_else_is_in_the_file(configure):
+    rows = conversations(300)
+
+    def held_out(rows, **options):
+        folder = prepare.main(configure(rows, eval_fraction=0.3, **options))
+        return {
+            split: {tuple(store.document(i)[0].tolist()) for i in range(len(store))}
+            for split in ("train", "eval")
+            for store in [TokenStore.open(folder, split)]
+        }
+
+    whole, half = held_out(rows), held_out(rows[::-2])
+    assert 50 < len(whole["eval"]) < 130 and not whole["eval"] & whole["train"]
+    assert all(half[split] < whole[split] for split in ("train", "eval"))
+    assert held_out(rows, seed=1)["eval"] != whole["eval"]
+
+
+@pytest.mark.parametrize("template", ["chatml", "zephyr"])
+def test_a_pair_is_three_documents_that_join_to_whole_conversations(configure, sp_tokenizer_folder, template):
+    def messages(prompt, answer):
+        return [*prompt, {"role": "assistant", "content": answer}]
+
+    prompts = [say("Wie geht es?"), say("Hallo", "Guten Tag", "Und dir?")]
+    rows = [{"chosen": messages(p, "Sehr gut."), "rejected": messages(p, "Schlecht")} for p in prompts]
+    rows += [
+        {"chosen": messages(say("Gleich?"), "Ja."), "rejected": messages(say("Gleich?"), "ja.")},
+        {"chosen": messages(say("Lang?"), "Ja."), "rejected": messages(say("Lang?"), "ja " * 200)},
+        rows[0],
+    ]
+    options = {"kind": "pairs", "model_name_or_path": sp_tokenizer_folder, "chat_template": template}
+    store = TokenStore.open(prepare.main(configure(rows, max_length=150, **options)), kind="pairs")
+    assert store.manifest["inputs"][0]["dropped"] == {"duplicate": 1, "equal_answers": 1, "too_long": 1}
+    assert len(store) == 6 and store.manifest["splits"]["train"]["rows"] == 2
+    tokenizer = Tokenizer.from_pretrained(sp_tokenizer_folder)
+    for index, row in enumerate(rows[:2]):
+        prompt, *answers = (store.document(3 * index + part) for part in range(3))
+        assert not prompt[1].any()
+        asked = chat.render(prompts[index], tokenizer, template, add_generation_prompt=True)
+        assert prompt[0].tolist() == asked.tokens
+        for (tokens, mask), name in zip(answers, ("chosen", "rejected")):
+            whole = chat.render(row[name], tokenizer, template)
+            assert [*prompt[0], *tokens] == whole.tokens
+            assert mask.tolist() == whole.loss_mask[len(prompt[0]) :] and mask[0]
+
+
+def test_a_killed_run_leaves_no_store_and_the_next_one_is_whole(configure, tmp_path, bpe_tokenizer_folder):
+    rows = write(tmp_path / "rows.jsonl", conversations(600))
+    whole = contents(prepare.main(configure((rows,), output=tmp_path / "whole", shard_tokens=2000)))
+    command = [
+        sys.executable, "recipes/prepare.py", f'input=["{rows}"]', f"output={tmp_path / 'killed'}",
+        f"model_name_or_path={bpe_tokenizer_folder}", "num_workers=2", "shard_tokens=2000",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while process.poll() is None and not any(tmp_path.glob(".killed.*.tmp/*.npy")):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    children = descendants(process.pid)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed").exists() or contents(tmp_path / "killed") == whole
+    while any(alive(child) for child in children):
+        assert time.monotonic() < deadline, "the workers outlive the run"
+        time.sleep(0.02)
+    assert contents(prepare.main(configure((rows,), output=tmp_path / "killed", shard_tokens=2000))) == whole
+
+
+def alive(pid):
+    try:
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())  # empty: a zombie
+    except OSError:
+        return False
+
+
+def descendants(pid):
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    found, level = [], [pid]
+    while level:
+        level = [child for child, parent in parents.items() if parent in level]
+        found += level
+    return found
+
+
+def test_the_preview_shows_the_rows_as_stored(configure, capsys):
+    rows = [{"messages": say("Was <b>heißt</b> das?", "Es heißt\x1b[31m fett.")}, *conversations(5)]
+    folder = prepare.main(configure(rows, preview=2))
+    page, out = (folder / "preview.html").read_text(), capsys.readouterr().out
+    assert page.count("<h2>") == 2 and "<b>" not in page and "\x1b[31m" not in out
+    lengths = TokenStore.open(folder).lengths
+    assert page.count("<span") == lengths[:2].sum()
+    assert f"line 1, whole: {lengths[0]} tokens" in out and "line 3" not in out
+
+
+BAD = [
+    ({"messages": say("Q", "A", "R")}, "roles out of order"),
+    ({"question": "Q"}, "found the fields question"),
+    ({"chosen": say("Q", "A"), "rejected": say("Q", "B")}, "PreferencePair"),
+]
+
+
+@pytest.mark.parametrize("row, reason", BAD)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_bad_row_stops_or_is_dropped_and_counted(configure, row, reason, workers, tmp_path):
+    rows = [*conversations(40), row, *conversations(40, 1)]
+    with pytest.raises(UserError, match=reason) as error:
+        prepare.main(configure(rows, num_workers=workers))
+    assert "rows.jsonl, line 41: " in str(error.value) and "on_bad_row=drop" in str(error.value)
+    assert not [path for path in tmp_path.iterdir() if "store" in path.name], "nothing half-written stays"
+    store = TokenStore.open(prepare.main(configure(rows, on_bad_row="drop")))
+    assert store.manifest["inputs"][0]["dropped"] == {"bad_row": 1} and len(store) == 80
+
+
+def test_a_line_that_does_not_parse_always_stops(configure, tmp_path):
+    path = write(tmp_path / "rows.jsonl", conversations(3))
+    path.write_text(path.read_text() + '{"messages": [\n')
+    with pytest.raises(UserError, match=r"rows.jsonl, line 4"):
+        prepare.main(configure((path,), on_bad_row="drop"))
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"max_length": 5}, "no row is left for the split 'train': 30 too_long"),
+        ({"input": ()}, "input: .*the list is empty"),
+        ({"input": (Path("nowhere.jsonl"),)}, "no such file: nowhere.jsonl"),
+        ({"model_name_or_path": Path("nowhere")}, "nowhere"),
+        ({"chat_template": "chatmk"}, "did you mean 'chatml'"),
+        ({"chat_template": "mistral-v3"}, "^the chat template 'mistral-v3' needs the token"),
+        ({"eval_fraction": 1.0}, "eval_fraction is 1.0"),
+        ({"eval_fraction": 1e-9}, "no row is left for the split 'eval': 30 kept"),
+        ({"max_length": 1}, "max_length must be 2"),
+    ],
+)
+def test_a_mistake_is_one_sentence(configure, options, reason, tmp_path):
+    with pytest.raises(UserError, match=reason) as error:
+        prepare.main(configure(conversations(30), **options))
+    assert "\n" not in str(error.value) and not (tmp_path / "store").exists()
+
+
+def test_a_folder_that_is_no_store_is_never_replaced(configure, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="is no token store"):
+        prepare.main(configure(conversations(3), output=tmp_path / "thesis"))
+    assert (tmp_path / "thesis" / "thesis.tex").exists()
+    first = contents(prepare.main(configure(conversations(3))))
+    assert contents(prepare.main(configure(conversations(4)))) != first
+
+
+def test_the_quickstart_config_names_every_file_of_the_sample_but_the_held_out_one():
+    config = load_config(prepare.PrepareConfig, [], prepare.QUICKSTART)
+    names = {path.name for path in (ROOT / "recipes/sample").glob("*.jsonl")}
+    assert {path.name for path in config.input} == names - {"held_out.jsonl"}
