@@ -6,6 +6,7 @@ What would change the result and is not built is refused by name; what changes n
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any
 
 from phoenix.files import UserError
@@ -27,20 +28,23 @@ def read(table: dict[str, Any], where: str) -> dict[str, Any]:
     values: dict[str, Any] = {"model_type": model_type}
     for key in (*_SIZES, *_NUMBERS, "max_position_embeddings"):
         values[key] = table.get(key, _DEFAULTS.get(key))
-    values["num_key_value_heads"] = table.get("num_key_value_heads") or values["num_attention_heads"]
+    for key in ("num_key_value_heads", "head_dim"):
+        values[key] = table.get(key)
+    if values["num_key_value_heads"] is None:
+        values["num_key_value_heads"] = values["num_attention_heads"]
     _check_numbers(values, where)
-    heads, hidden = values["num_attention_heads"], values["hidden_size"]
-    values["head_dim"] = table.get("head_dim") or hidden // heads
-    if heads % values["num_key_value_heads"] or values["head_dim"] % 2:
-        raise UserError(
-            f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads, or head_dim is odd"
-        )
     values["sliding_window"] = _window(table, where)
     values["rope_theta"], values["rope_scaling"] = _rope(table, where)
-    values["tie_word_embeddings"] = bool(table.get("tie_word_embeddings", False))
+    values["tie_word_embeddings"] = table.get("tie_word_embeddings", False)
+    if not isinstance(values["tie_word_embeddings"], bool):
+        raise UserError(
+            f"{where}: tie_word_embeddings is {table['tie_word_embeddings']!r}; expected true or false"
+        )
     for key, default in (("bos_token_id", 1), ("eos_token_id", 2)):
         token = table.get(key, default)
-        values[key] = token[0] if isinstance(token, list) and token else token
+        values[key] = (token[0] if token else None) if isinstance(token, list) else token
+        if values[key] is not None and not _whole(values[key]):
+            raise UserError(f"{where}: {key} is {token!r}; expected a token id, a list of them, or null")
     assert set(values) == {field.name for field in dataclasses.fields(MistralConfig)}
     return values
 
@@ -65,20 +69,39 @@ def write(config: MistralConfig) -> dict[str, Any]:
 
 
 def _check_numbers(values: dict[str, Any], where: str) -> None:
+    """Refuse what is no size; sets head_dim where the file does not."""
     for key in (*_SIZES, "num_key_value_heads", "max_position_embeddings"):
-        if not isinstance(values[key], int) or isinstance(values[key], bool) or values[key] < 1:
+        if not _whole(values[key]) or values[key] < 1:
             raise UserError(f"{where}: {key} is {values[key]!r}; expected a whole number of at least 1")
     for key in _NUMBERS:
-        if not isinstance(values[key], int | float) or isinstance(values[key], bool) or values[key] <= 0:
+        if not _positive(values[key]):
             raise UserError(f"{where}: {key} is {values[key]!r}; expected a number above 0")
-    if values["hidden_size"] % values["num_attention_heads"]:
-        raise UserError(f"{where}: hidden_size is no multiple of num_attention_heads; correct the file")
+    heads, groups, hidden = (
+        values[key] for key in ("num_attention_heads", "num_key_value_heads", "hidden_size")
+    )
+    if values["head_dim"] is None and hidden % heads == 0:
+        values["head_dim"] = hidden // heads
+    if not _whole(values["head_dim"]) or values["head_dim"] < 1 or values["head_dim"] % 2:
+        found = f"head_dim is {values['head_dim']!r} for hidden_size {hidden} and {heads} heads"
+        raise UserError(f"{where}: {found}; expected an even number")
+    if heads % groups:
+        raise UserError(
+            f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {groups}; correct it"
+        )
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _window(table: dict[str, Any], where: str) -> int | None:
     default = 4096 if table["model_type"] == "mistral" else None
     window = table.get("sliding_window", default)
-    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+    if window is not None and (not _whole(window) or window < 1):
         raise UserError(
             f"{where}: sliding_window is {window!r}; expected null (none) or a whole number of at least 1"
         )
@@ -88,24 +111,41 @@ def _window(table: dict[str, Any], where: str) -> int | None:
 
 
 def _rope(table: dict[str, Any], where: str) -> tuple[float, Any]:
+    """rope_theta and scaling: at the top level and in rope_scaling (old), or in rope_parameters (new)."""
     from phoenix.model.mistral import Llama3Scaling
 
-    rope = {**(table.get("rope_scaling") or {}), **(table.get("rope_parameters") or {})}
+    rope: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(table.get(key), dict | None):
+            raise UserError(f"{where}: {key} is {table[key]!r}; expected an object or null")
+        rope |= table.get(key) or {}
     theta = rope.pop("rope_theta", table.get("rope_theta", 10000.0))
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    rope.pop("type", None)
-    if not isinstance(theta, int | float) or isinstance(theta, bool) or theta <= 0:
+    kinds = [rope.pop(key) for key in ("rope_type", "type") if key in rope] or ["default"]
+    if not _positive(theta):
         raise UserError(f"{where}: rope_theta is {theta!r}; expected a number above 0")
-    if kind == "default":
+    if kinds[0] not in ("default", "llama3") or kinds[0] != kinds[-1]:
+        found = " and ".join(map(repr, kinds))
+        raise UserError(f"{where}: rope scaling {found} is not supported; expected 'default' or 'llama3'")
+    if rope.get("partial_rotary_factor") == 1:
+        del rope["partial_rotary_factor"]
+    names = {field.name for field in dataclasses.fields(Llama3Scaling)} if kinds[0] == "llama3" else set()
+    for name in sorted(rope.keys() | names):
+        if name not in names and rope[name] is not None:
+            raise UserError(
+                f"{where}: {name!r} of the rotary positions is {rope[name]!r}, which is not supported"
+            )
+        if name in names and not _positive(rope.get(name)):
+            raise UserError(
+                f"{where}: {name!r} of the rope scaling is {rope.get(name)!r}; expected a number above 0"
+            )
+    if not names:
         return float(theta), None
-    if kind != "llama3":
-        raise UserError(f"{where}: rope scaling {kind!r} is not supported; expected 'default' or 'llama3'")
-    try:
-        return float(theta), Llama3Scaling(**rope)
-    except TypeError as error:
+    scaling = Llama3Scaling(**{name: rope[name] for name in names})
+    if scaling.high_freq_factor <= scaling.low_freq_factor:
         raise UserError(
-            f"{where}: rope scaling 'llama3' does not fit ({error}); correct rope_parameters"
-        ) from None
+            f"{where}: high_freq_factor of the rope scaling must be above low_freq_factor; correct it"
+        )
+    return float(theta), scaling
 
 
 def _refuse_unsupported(table: dict[str, Any], where: str) -> None:
@@ -119,13 +159,11 @@ def _refuse_unsupported(table: dict[str, Any], where: str) -> None:
             raise UserError(
                 f"{where}: {key!r} is not supported, and might change the result; remove it if it does not"
             )
-    if any(kind not in ("full_attention", "sliding_attention") for kind in table.get("layer_types") or []):
+    kind = "full_attention" if _window(table, where) is None else "sliding_attention"
+    layers = table.get("layer_types") or [kind]
+    if not isinstance(layers, list) or any(layer != kind for layer in layers):
         raise UserError(
-            f"{where}: layer_types holds {table['layer_types']!r}; expected full or sliding attention"
-        )
-    if len(set(table.get("layer_types") or [])) > 1:
-        raise UserError(
-            f"{where}: layer_types differ between layers, which is not supported; expected one kind"
+            f"{where}: layer_types is {layers!r}, which is not supported; expected {kind!r} for all"
         )
 
 
@@ -155,5 +193,8 @@ _NEUTRAL = (
     "chunk_size_feed_forward is_decoder tokenizer_class torchscript max_length min_length temperature "
     "top_k top_p typical_p num_beams num_beam_groups do_sample repetition_penalty length_penalty "
     "early_stopping num_return_sequences diversity_penalty remove_invalid_values return_dict_in_generate "
-    "output_scores use_bfloat16 bad_words_ids problem_type transformers.js_config task_specific_params"
+    "output_scores use_bfloat16 bad_words_ids problem_type transformers.js_config task_specific_params "
+    "decoder_start_token_id forced_bos_token_id forced_eos_token_id begin_suppress_tokens suppress_tokens "
+    "prefix sep_token_id finetuning_task no_repeat_ngram_size is_llama_config model_max_length "
+    "max_sequence_length attn_implementation unsloth_fixed unsloth_version"
 ).split()

@@ -311,6 +311,7 @@ def test_smollm2_equals_transformers(smollm2):
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.peers
 @torch.no_grad()
 def test_smollm2_writes_what_transformers_writes(smollm2):
