@@ -37,31 +37,33 @@ def save_checkpoint(
     temporary = folder / f".{path.name}.tmp"
     if world.is_main:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
     world.barrier()
-    error = ""
+    problem = ""
     try:
         with warnings.catch_warnings(action="ignore"):
             writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
             dcp.save(_tensors(model, optimizer), storage_writer=writer, no_dist=world.world_size == 1)
         if world.is_main:
-            _finish(temporary, path, {**state, "optimizer_step": _optimizer_step(optimizer)})
-    except (OSError, RuntimeError, dcp.api.CheckpointException) as problem:
-        error = f"cannot write the checkpoint {path}: {problem}; free space or choose another output_dir"
-    error = str(world.broadcast(error))
-    if error:
+            state = {**state, "optimizer_step": _optimizer_step(optimizer)}
+            _finish(temporary, path, {"format": 1, "state": state, "shapes": _shapes(model)})
+    except (OSError, RuntimeError, UserError, dcp.api.CheckpointException) as error:
+        problem = (
+            f"cannot write the checkpoint {path}: {_reason(error)}; free space, or choose another output_dir"
+        )
+    problem = str(world.broadcast(problem))  # ranks fail together in dcp.save, and rank 0 alone after it
+    if problem:
         if world.is_main:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(error)
+        raise UserError(problem)
     return path
 
 
-def _finish(temporary: Path, path: Path, state: dict[str, Any]) -> None:
+def _finish(temporary: Path, path: Path, manifest: dict[str, Any]) -> None:
     files = sorted(temporary.iterdir())
     for file in files:
         sync_file(file)
     entries = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
-    write_json(temporary / MANIFEST, {"format": 1, "state": state, "files": entries})
+    write_json(temporary / MANIFEST, {**manifest, "files": entries})
     shutil.rmtree(path, ignore_errors=True)
     temporary.rename(path)
     sync_folder(path.parent)
@@ -89,7 +91,7 @@ def load_checkpoint(
     Checks the files' hashes first.  UserError if a file is missing or damaged, or if an entry of `expected`
     (model, store, packing ...) differs: it is a checkpoint of something else.
     """
-    problem, state = world.broadcast(_verify(path, expected) if world.is_main else None)
+    problem, state = world.broadcast(_verify(path, expected, _shapes(model)) if world.is_main else None)
     if problem:
         raise UserError(problem)
     _init_optimizer(optimizer, state["optimizer_step"])
@@ -99,30 +101,44 @@ def load_checkpoint(
             dcp.load(
                 tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=world.world_size == 1
             )
-    except (RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(
-            f"{path}: is a checkpoint of another model ({reason}); choose another output_dir"
-        ) from None
+    except (OSError, RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
+        raise UserError(f"{path}: cannot be read ({_reason(error)}); choose another output_dir") from None
     return state
 
 
-def _verify(path: Path, expected: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """A sentence on what is wrong ("" if nothing is), and the state."""
+def _verify(path: Path, expected: dict[str, Any], shapes: dict[str, list]) -> tuple[str, dict[str, Any]]:
+    """A sentence on what is wrong ("" if nothing is), and the state; hashes last, since they take longest."""
     try:
         manifest = read_json(path / MANIFEST, "manifest of a checkpoint")
-        state, files = manifest["state"], manifest["files"]
-    except (UserError, KeyError, TypeError) as error:
+        state, found = manifest["state"], manifest["shapes"]
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        other = [name for name in sorted({**found, **shapes}) if found.get(name) != shapes.get(name)]
+        changed = [key for key in expected if state.get(key) != expected[key]]
+    except (UserError, KeyError, TypeError, AttributeError) as error:
         return f"{path}: not a checkpoint ({error}); remove the folder", {}
+    if other:
+        sizes = f"{other[0]} is {found.get(other[0])} there and {shapes.get(other[0])} here"
+        return f"{path}: is a checkpoint of another model ({sizes}); choose another output_dir", {}
+    if changed:
+        values = f"{changed[0]} = {state.get(changed[0])!r}, now {expected[changed[0]]!r}"
+        return f"{path}: made with {values}; choose another output_dir", {}
     for name, entry in files.items():
         file = path / name
-        if not file.is_file() or file.stat().st_size != entry["bytes"] or sha256(file) != entry["sha256"]:
+        if not file.is_file() or (file.stat().st_size, sha256(file)) != entry:
             return f"{file}: is missing or damaged; remove {path} to go on from the checkpoint before it", {}
-    for key, value in expected.items():
-        if state.get(key) != value:
-            found = state.get(key)
-            return f"{path}: made with {key} = {found!r}, now {value!r}; choose another output_dir", {}
     return "", state
+
+
+def _shapes(model: nn.Module) -> dict[str, list]:
+    return {clean_name(name): list(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong in a line; dcp wraps the error of each rank."""
+    while isinstance(error, dcp.api.CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    error = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error
+    return (str(error).strip() or repr(error)).splitlines()[-1]
 
 
 def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -11,20 +11,23 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from phoenix.files import UserError, atomic_write, require
+from phoenix.kernels.linear_logps import LabelStats
 from phoenix.model.mistral import MistralConfig
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 # Fields of metrics.jsonl that are times or memory; all others are the same in every run of the same config.
 TIMING = ("step_seconds", "tokens_per_second", "mfu", "peak_memory_gib", "time")
 
 
-def sft_sums(stats: Any, labels: Tensor) -> Tensor:
+def sft_sums(stats: LabelStats) -> Tensor:
     """[3] fp64: sums of loss, entropy and hits of a micro-batch (LabelStats of [t])."""
     return torch.stack(
         [-stats.logps.detach().double().sum(), stats.entropy.double().sum(), stats.hits.double().sum()]
@@ -38,7 +41,7 @@ def sft_metrics(sums: Sequence[float], num_target_tokens: int, prefix: str = "")
 
 
 class MetricsLog:
-    """metrics.jsonl, an object a line, flushed at once; cut back to `step` when a run goes on.
+    """metrics.jsonl, an object a line, flushed at once; cut back to `step` when a run goes on (-1: anew).
 
     Numbers may be tensors: they are read when the line is written.  report_to: "tensorboard" or "wandb".
     """
@@ -75,7 +78,8 @@ class MetricsLog:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; a last line that a kill cut off is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in filter(None, text.split("\n")):
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
@@ -85,6 +89,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def progress_bar(total: int, initial: int, *, show: bool) -> tqdm:
     """A bar on stderr; without a terminal a line a minute; nothing on other ranks."""
+    from tqdm import tqdm  # not at the top: the benchmarks count FLOP where it is not installed
+
     terminal = os.isatty(2)
     return tqdm(
         total=total, initial=initial, disable=not show, dynamic_ncols=terminal, unit="step", smoothing=0.1,
@@ -144,9 +150,7 @@ def training_flops(config: MistralConfig, lengths: Tensor) -> float:
     """
     length = lengths.double()
     seen = length if config.sliding_window is None else length.clamp(max=config.sliding_window)
-    pairs = (
-        (length * seen - seen * (seen - 1) / 2).sum() if config.sliding_window else length.square().sum() / 2
-    )
+    pairs = (length * seen - seen * (seen - 1) / 2).sum()  # of a query and a key
     width = config.num_attention_heads * config.head_dim
     _, in_products = config.num_parameters()
     return float(6 * in_products * length.sum() + 12 * config.num_hidden_layers * width * pairs)

@@ -1,0 +1,72 @@
+"""Two processes of one gloo group, started once a session, to which tests send functions.
+
+    losses = two_ranks(train, folder, 20)      # [train(world, folder, 20) of rank 0, of rank 1]
+
+Such a function stands at the top level of its test file; what it returns travels by pickle.
+"""
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+WORLD_SIZE = 2
+PATIENCE = 120  # seconds after which a rank that does not answer is taken for hung
+
+
+@pytest.fixture(scope="session")
+def two_ranks(tmp_path_factory) -> Iterator[Callable]:
+    """function, *args -> the results of both ranks; AssertionError with the traceback of one that failed."""
+    context = multiprocessing.get_context("spawn")
+    store = tmp_path_factory.mktemp("ranks") / "store"
+    ranks = []
+    for rank in range(WORLD_SIZE):
+        here, there = context.Pipe()
+        process = context.Process(target=_serve, args=(rank, store, there), daemon=True)
+        process.start()
+        ranks.append((process, here))
+    assert all(pipe.poll(PATIENCE) and pipe.recv() == "ready" for _, pipe in ranks)
+
+    def run(function: Callable, *args) -> list:
+        for _, pipe in ranks:
+            pipe.send((function, args))
+        answers = []
+        for process, pipe in ranks:
+            if not pipe.poll(PATIENCE):
+                for other, _ in ranks:
+                    other.kill()
+                raise AssertionError(f"rank {len(answers)} hangs")
+            assert process.is_alive() or pipe.poll(), f"rank {len(answers)} is dead"
+            answers.append(pipe.recv())
+        for error, _ in answers:
+            assert not error, error
+        return [result for _, result in answers]
+
+    yield run
+    for process, _ in ranks:
+        process.kill()  # leaving the group in good order takes seconds, and nothing is left to save
+        process.join()
+
+
+def _serve(rank: int, store: Path, pipe) -> None:
+    import torch  # here, since tests without torch load this file too
+    import torch.distributed as dist
+
+    from phoenix.train.distributed import World
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD_SIZE), LOCAL_RANK=str(rank))
+    options = {"init_method": f"file://{store}", "timeout": timedelta(seconds=PATIENCE)}
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD_SIZE, **options)
+    pipe.send("ready")
+    while True:
+        function, args = pipe.recv()
+        try:
+            answer = "", function(World(rank, WORLD_SIZE), *args)
+        except BaseException:
+            answer = traceback.format_exc(), None
+        pipe.send(answer)
