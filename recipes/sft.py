@@ -1,0 +1,340 @@
+"""Supervised fine-tuning, section 3.2 of the paper: a base model and a token store -> a chat model.
+
+    torchrun recipes/sft.py                                   the shipped German sample, on this machine
+    torchrun --nproc-per-node=8 recipes/sft.py recipes/configs/phoenix_sft.toml learning_rate=1e-5
+
+Writes a run folder: metrics.jsonl, samples.jsonl, checkpoints/, model/ (Hugging Face layout), report.html.
+SIGTERM or Ctrl-C saves a checkpoint and exits with 75; the same command goes on.  --help lists every field.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import import_gguf
+import prepare
+import torch
+from phoenix.report import training_report
+
+from phoenix import chat
+from phoenix.config import load_config, option, run_recipe
+from phoenix.data.loader import GlobalBatch, Loader
+from phoenix.data.packing import make_plan
+from phoenix.data.store import TokenStore
+from phoenix.files import Interrupted, UserError
+from phoenix.generation import generate
+from phoenix.model.mistral import Mistral, MistralConfig
+from phoenix.model.pretrained import load_weights, materialise, meta_model, read_config, save_model
+from phoenix.tokenizer import Tokenizer
+from phoenix.train import metrics
+from phoenix.train.checkpoint import find_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
+from phoenix.train.distributed import (
+    World,
+    check_world,
+    parallelize,
+    reduce_gradients,
+    resolve_dtype,
+    scale_gradients,
+    seed_step,
+    start_world,
+)  # fmt: skip
+from phoenix.train.optim import OPTIMIZERS, SCHEDULES, build_optimizer, learning_rate_factor
+from phoenix.train.run import model_card, run_folder
+
+CONFIGS = Path(__file__).parent / "configs"
+QUICKSTART = CONFIGS / "smollm2_de.toml"
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Supervised fine-tuning of a Mistral or Llama model on a token store."""
+
+    model_name_or_path: Path = option("folder of the model to start from (Hugging Face layout)")
+    store: Path = option("token store written by recipes/prepare.py")
+    output_dir: Path = option("run folder to write; a run that stands there is continued")
+    max_length: int = option("tokens of a packed row", default=2048)
+    packing_strategy: str = option("whole documents, isolated; or the stream cut", "bfd", ("bfd", "wrapped"))
+    assistant_only_loss: bool = option(
+        "train on the assistant's turns alone, not on every token", default=True
+    )
+    global_batch_size: int = option("packed rows a step, over all ranks", default=512)
+    micro_batch_tokens: int = option(
+        "tokens a rank holds at once, at least max_length; for memory", default=2048
+    )
+    num_train_epochs: float = option("passes over the data", default=1.0)
+    max_steps: int | None = option("end after this many steps", default=None)
+    learning_rate: float = option("peak learning rate", default=2e-5)
+    lr_scheduler_type: str = option("shape of the schedule", "cosine", tuple(SCHEDULES))
+    warmup_ratio: float = option("share of the steps over which the rate rises", default=0.0)
+    schedule_steps: int | None = option(
+        "plan the schedule for this many steps instead of those run", default=None
+    )
+    optim: str = option("optimizer", "adamw", tuple(OPTIMIZERS))
+    adam_beta1: float = option("AdamW's first beta", default=0.9)
+    adam_beta2: float = option("AdamW's second beta", default=0.999)
+    adam_epsilon: float = option("epsilon of the optimizer", default=1e-8)
+    weight_decay: float = option("decay of matrices; norms never decay", default=0.0)
+    max_grad_norm: float = option("clip the gradient to this norm", default=1.0)
+    neftune_noise_alpha: float = option(
+        "NEFTune noise on embeddings, 0 for none; its paper used 5", default=0.0
+    )
+    dtype: str = option("of the computation; weights are fp32", "auto", ("auto", "bfloat16", "float32"))
+    save_dtype: str = option("of the written model", "bfloat16", ("bfloat16", "float16", "float32"))
+    activation_checkpointing: bool = option("compute blocks twice, hold less", default=False)
+    compile: bool = option("torch.compile the blocks", default=False)
+    logits_memory: float = option(
+        "GiB of logits kept for the backward pass rather than recomputed", default=1.0
+    )
+    seed: int = option("of the order of rows and of noise", default=42)
+    eval_steps: int = option("evaluate and generate samples every so many steps, and at the end", default=100)
+    save_steps: int = option("write a checkpoint every so many steps, and at the end", default=100)
+    save_total_limit: int = option("checkpoints to keep", default=2)
+    max_skipped_steps: int = option("stop after so many steps in a row without a finite gradient", default=5)
+    sample_prompts: tuple[str, ...] = option("prompts answered at each evaluation", default=())
+    sample_max_new_tokens: int = option("tokens of such an answer at most", default=128)
+    report_to: tuple[str, ...] = option("further views of the metrics: tensorboard, wandb", default=())
+
+
+def main(config: SFTConfig) -> Path:
+    """Train; returns the folder of the trained model.  Raises UserError, or Interrupted after a signal."""
+    check(config)
+    with start_world() as world, run_folder(config.output_dir, config, world):
+        make_missing(config, world)
+        tokenizer = Tokenizer.from_pretrained(config.model_name_or_path)
+        store = TokenStore.open(config.store, "train")
+        store.require_tokenizer(tokenizer.digest)
+        chat.apply_template(tokenizer, store.manifest["chat_template"])
+        plan = make_plan(store, config.max_length, config.packing_strategy, config.assistant_only_loss)
+        batching = {"seed": config.seed, "micro_batch_tokens": config.micro_batch_tokens}
+        loader = Loader(store, plan, global_batch_size=config.global_batch_size, **batching)
+        total_steps = min(config.max_steps or math.inf, loader.total_steps(config.num_train_epochs))
+        check_world(world, loader.num_micro_batches)
+
+        dtype = resolve_dtype(config.dtype, world.device)
+        model_config = read_config(config.model_name_or_path)
+        announce(config, model_config, plan, dtype, total_steps, world)
+        model = meta_model(model_config).float()
+        model.neftune_noise_alpha, model.logits_memory = (
+            config.neftune_noise_alpha,
+            int(config.logits_memory * 2**30),
+        )
+        options = {"activation_checkpointing": config.activation_checkpointing, "compile": config.compile}
+        materialise(parallelize(model, world, compute_dtype=dtype, **options), world.device)
+        load_weights(model, config.model_name_or_path)
+        optimizer = build_optimizer(
+            model, config.optim, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
+            betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon,
+        )  # fmt: skip
+
+        state = {
+            "step": 0,
+            "num_tokens": 0,
+            "skipped_steps": 0,
+            "skipped_in_a_row": 0,
+            **identity(config, store),
+        }
+        checkpoints = config.output_dir / "checkpoints"
+        if saved := find_checkpoints(checkpoints):
+            state = load_checkpoint(saved[-1], model, optimizer, world, identity(config, store))
+            say(world, f"going on at step {state['step']} from {saved[-1]}")
+        log = metrics.MetricsLog(
+            config.output_dir,
+            step=state["step"] if saved else -1,
+            report_to=config.report_to,
+            write=world.is_main,
+        )
+        memory_trial(model, loader, world)
+        peak = metrics.peak_flops(world.device, dtype)
+        warmup_steps = math.ceil(config.warmup_ratio * total_steps)
+        if state["step"] == 0:
+            evaluate(config, model, tokenizer, log, 0, world)
+        bar = metrics.progress_bar(total_steps, state["step"], show=world.is_main)
+
+        for step in range(state["step"], total_steps):
+            start, batch = time.perf_counter(), loader.global_batch(step)
+            sums, losses = torch.zeros(3, dtype=torch.float64, device=world.device), {}
+            model.train()
+            flops = 0.0
+            for index, micro in batch.share(world.rank, world.world_size):
+                seed_step(config.seed, step, index)
+                stats = model(micro.to(world.device), stats=True)
+                (-stats.logps.sum() / batch.num_target_tokens).backward()
+                losses[index] = metrics.sft_sums(stats)
+                sums += losses[index]
+                flops += metrics.training_flops(model_config, micro.layout.q_length)
+            extra = torch.tensor([flops, world.stop], dtype=torch.float64, device=world.device)
+            grad_norm, (*sums, flops, stop) = reduce_gradients(model, world, torch.cat([sums, extra]))
+
+            learning_rate = config.learning_rate * learning_rate_factor(
+                config.lr_scheduler_type, step, config.schedule_steps or total_steps, warmup_steps
+            )
+            if math.isfinite(grad_norm):
+                scale_gradients(model, grad_norm, config.max_grad_norm)
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate
+                optimizer.step()
+                state["skipped_in_a_row"] = 0
+                skipped = {}
+            else:  # on all ranks alike, since all have the same norm
+                state["skipped_steps"] += 1
+                state["skipped_in_a_row"] += 1
+                skipped = {"skipped_rows": bad_rows(losses, batch, world)}
+            optimizer.zero_grad()
+            state["step"], state["num_tokens"] = step + 1, state["num_tokens"] + batch.num_tokens
+
+            seconds = time.perf_counter() - start
+            row = log.log(
+                step + 1, **metrics.sft_metrics(sums, batch.num_target_tokens), grad_norm=grad_norm,
+                learning_rate=learning_rate, epoch=batch.epoch, num_tokens=state["num_tokens"],
+                skipped_steps=state["skipped_steps"], **skipped, step_seconds=seconds,
+                tokens_per_second=batch.num_tokens / seconds, time=time.time(),
+                mfu=float(flops) / seconds / peak / world.world_size,
+                peak_memory_gib=metrics.peak_memory_gib(world.device),
+            )  # fmt: skip
+            metrics.update_bar(bar, row)
+            if state["skipped_in_a_row"] >= config.max_skipped_steps:
+                raise UserError(
+                    f"the gradient was not finite in {config.max_skipped_steps} steps in a row, the last of "
+                    f"them step {step + 1} ({skipped['skipped_rows'][:3]}); look at these rows, lower "
+                    "learning_rate, or set dtype=float32"
+                )
+            last = step + 1 == total_steps
+            if last or (step + 1) % config.eval_steps == 0:
+                evaluate(config, model, tokenizer, log, step + 1, world)
+            if last or stop or (step + 1) % config.save_steps == 0:
+                save_checkpoint(checkpoints, model, optimizer, state, world)
+                if world.is_main:
+                    prune_checkpoints(checkpoints, config.save_total_limit)
+            if stop and not last:
+                raise Interrupted(f"stopped at step {step + 1} of {total_steps}; start again to go on")
+
+        bar.close()
+        log.close()
+        folder = config.output_dir / "model"
+        export(config, model, tokenizer, store, folder)
+        if world.is_main:
+            say(world, f"wrote {folder} and {training_report(config.output_dir)}")
+        return folder
+
+
+def check(config: SFTConfig) -> None:
+    """Everything cheap, before anything expensive."""
+    metrics.check_trackers(config.report_to)
+    if config.micro_batch_tokens < config.max_length:
+        raise UserError(
+            f"micro_batch_tokens is {config.micro_batch_tokens}, below max_length {config.max_length}: no "
+            "row would fit; raise it, or lower max_length"
+        )
+    positive = (
+        "max_length global_batch_size num_train_epochs learning_rate eval_steps save_steps save_total_limit "
+        "max_grad_norm max_skipped_steps"
+    )
+    for name in positive.split():
+        if getattr(config, name) <= 0:
+            raise UserError(f"{name} is {getattr(config, name)}; expected a number above 0")
+
+
+def make_missing(config: SFTConfig, world: World) -> None:
+    """The base model and the store of the quickstart are made here if they are what is missing."""
+    base = import_gguf.BASE_MODEL
+    if world.is_main and config.model_name_or_path == base and not base.exists():
+        say(world, f"{base} is missing: importing it")
+        import_gguf.main(import_gguf.ImportConfig())
+    preparation = load_config(prepare.PrepareConfig, [], prepare.QUICKSTART)
+    if world.is_main and config.store == preparation.output and not config.store.exists():
+        say(world, f"{config.store} is missing: preparing it from the shipped sample")
+        prepare.main(preparation)
+    world.barrier()
+
+
+def identity(config: SFTConfig, store: TokenStore) -> dict:
+    """What a checkpoint must share with this run for the run to be the same."""
+    names = (
+        "max_length packing_strategy assistant_only_loss global_batch_size micro_batch_tokens seed optim"
+    ).split()
+    return {"store": store.digest, **{name: getattr(config, name) for name in names}}
+
+
+def announce(
+    config: SFTConfig, model: MistralConfig, plan, dtype: torch.dtype, total_steps: float, world: World
+) -> None:
+    """The first lines say what will happen, before anything is loaded."""
+    tokens = int(plan.num_tokens / len(plan) * min(config.global_batch_size, len(plan)))
+    memory = metrics.training_memory(
+        model, dtype, world.world_size, config.optim, micro_batch_tokens=config.micro_batch_tokens,
+        activation_checkpointing=config.activation_checkpointing, logits_memory=config.logits_memory * 2**30,
+    )  # fmt: skip
+    say(
+        world,
+        f"{model.num_parameters()[0] / 1e6:.1f}M parameters, {dtype} on {world.world_size} x {world.device}",
+    )
+    say(world, f"{len(plan)} rows of up to {config.max_length} tokens, {plan.fill_rate:.1%} filled; "
+               f"{total_steps} steps of about {tokens} tokens")  # fmt: skip
+    say(world, f"memory a rank: about {memory / 2**30:.1f} GiB; run folder: {config.output_dir}")
+
+
+def memory_trial(model: Mistral, loader: Loader, world: World) -> None:
+    """The largest micro-batch first: too little memory shows now and not after hours."""
+    model.train()
+    try:
+        (model(loader.largest_micro_batch().to(world.device)).sum() * 0).backward()
+    except torch.OutOfMemoryError:
+        raise UserError("the largest micro-batch does not fit into memory; lower micro_batch_tokens, or set "
+                        "activation_checkpointing=true") from None  # fmt: skip
+    model.zero_grad()
+
+
+def evaluate(
+    config: SFTConfig, model: Mistral, tokenizer: Tokenizer, log: metrics.MetricsLog, step: int, world: World
+) -> None:
+    """Loss on the held-out split and answers to fixed prompts, on all ranks alike."""
+    model.eval()
+    values = {}
+    if TokenStore.has_split(config.store, "eval"):
+        store = TokenStore.open(config.store, "eval")
+        plan = make_plan(store, config.max_length, "bfd", config.assistant_only_loss)
+        loader = Loader(
+            store, plan, seed=0, global_batch_size=len(plan), micro_batch_tokens=config.micro_batch_tokens
+        )
+        batch, sums = loader.global_batch(0), torch.zeros(3, dtype=torch.float64, device=world.device)
+        with torch.no_grad():
+            for _, micro in batch.share(world.rank, world.world_size):
+                sums += metrics.sft_sums(model(micro.to(world.device), stats=True))
+        values = metrics.sft_metrics(world.sum(sums).tolist(), batch.num_target_tokens, prefix="eval_")
+    if values:
+        log.log(step, **values)
+        say(world, f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+    prompts = [[{"role": "user", "content": prompt}] for prompt in config.sample_prompts]
+    replies = (
+        generate(model, tokenizer, prompts, max_new_tokens=config.sample_max_new_tokens) if prompts else []
+    )
+    rows = [{"step": step, "prompt": p, "reply": r} for p, r in zip(config.sample_prompts, replies)]
+    metrics.write_samples(config.output_dir / "samples.jsonl", step, rows, write=world.is_main)
+
+
+def bad_rows(losses: dict[int, torch.Tensor], batch: GlobalBatch, world: World) -> list[str]:
+    """File and line of the rows in micro-batches whose loss is not finite; all of the step's if only the norm
+    is.
+    """
+    mine = [index for index, loss in losses.items() if not bool(torch.isfinite(loss).all())]
+    found = world.gather(mine)
+    return batch.origins(sorted(index for indices in found for index in indices) or None)
+
+
+def export(config: SFTConfig, model: Mistral, tokenizer: Tokenizer, store: TokenStore, folder: Path) -> None:
+    """The trained model in Hugging Face layout, with template, stop tokens and a card of what really ran."""
+    rows = metrics.read_metrics(config.output_dir / "metrics.jsonl")
+    card = model_card(config, rows, store.manifest)
+    stops = {"eos_token_id": chat.stop_ids(tokenizer, store.manifest["chat_template"])}
+    dtype = getattr(torch, config.save_dtype)
+    save_model(model, folder, tokenizer, dtype=dtype, generation_config=stops, texts={"README.md": card})
+
+
+def say(world: World, text: str) -> None:
+    if world.is_main:
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    run_recipe(main, SFTConfig, QUICKSTART)
