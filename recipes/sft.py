@@ -15,7 +15,6 @@ from pathlib import Path
 import import_gguf
 import prepare
 import torch
-from phoenix.report import training_report
 
 from phoenix import chat
 from phoenix.config import load_config, option, run_recipe
@@ -26,6 +25,7 @@ from phoenix.files import Interrupted, UserError
 from phoenix.generation import generate
 from phoenix.model.mistral import Mistral, MistralConfig
 from phoenix.model.pretrained import load_weights, materialise, meta_model, read_config, save_model
+from phoenix.report import training_report
 from phoenix.tokenizer import Tokenizer
 from phoenix.train import metrics
 from phoenix.train.checkpoint import find_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
@@ -115,10 +115,8 @@ def main(config: SFTConfig) -> Path:
         model_config = read_config(config.model_name_or_path)
         announce(config, model_config, plan, dtype, total_steps, world)
         model = meta_model(model_config).float()
-        model.neftune_noise_alpha, model.logits_memory = (
-            config.neftune_noise_alpha,
-            int(config.logits_memory * 2**30),
-        )
+        model.neftune_noise_alpha = config.neftune_noise_alpha
+        model.logits_memory = int(config.logits_memory * 2**30)
         options = {"activation_checkpointing": config.activation_checkpointing, "compile": config.compile}
         materialise(parallelize(model, world, compute_dtype=dtype, **options), world.device)
         load_weights(model, config.model_name_or_path)
@@ -127,22 +125,15 @@ def main(config: SFTConfig) -> Path:
             betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon,
         )  # fmt: skip
 
-        state = {
-            "step": 0,
-            "num_tokens": 0,
-            "skipped_steps": 0,
-            "skipped_in_a_row": 0,
-            **identity(config, store),
-        }
+        counts = dict.fromkeys(("step", "num_tokens", "skipped_steps", "skipped_in_a_row"), 0)
+        state = {**counts, **identity(config, store)}
         checkpoints = config.output_dir / "checkpoints"
         if saved := find_checkpoints(checkpoints):
             state = load_checkpoint(saved[-1], model, optimizer, world, identity(config, store))
             say(world, f"going on at step {state['step']} from {saved[-1]}")
+        kept = state["step"] if saved else -1
         log = metrics.MetricsLog(
-            config.output_dir,
-            step=state["step"] if saved else -1,
-            report_to=config.report_to,
-            write=world.is_main,
+            config.output_dir, step=kept, report_to=config.report_to, write=world.is_main
         )
         memory_trial(model, loader, world)
         peak = metrics.peak_flops(world.device, dtype)
