@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,8 +44,10 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: Any 
     Raises UserError for a missing, cut or lying file, and for tensors that are missing, too many or of
     another shape.
     """
-    model = meta_model(read_config(folder))
-    materialise(model.to(dtype), device)
+    model = meta_model(read_config(folder)).to(dtype)
+    with open_tensors(folder) as tensors:  # before memory is taken for what config.json claims
+        _check(tensors, dict(model.named_parameters()), model.config, folder)
+    materialise(model, device)
     load_weights(model, folder)
     return model.eval()
 
@@ -76,8 +79,8 @@ def load_weights(model: Mistral, folder: Path) -> None:
                     parameter.shape, parameter.device_mesh, parameter.placements
                 )
                 local = parameter.to_local()
-                rows = slice(start[0], start[0] + local.shape[0])
-                local.copy_(tensors[name][rows])
+                if local.numel():  # more ranks than rows leave some without any
+                    local.copy_(tensors[name][start[0] : start[0] + local.shape[0]])
             else:
                 parameter.copy_(tensors[name][:])
 
@@ -220,7 +223,10 @@ def _save_tensors(
     def write() -> None:
         if held and folder is not None:
             shards.append({name: tensor.nbytes for name, tensor in held.items()})
-            save_file(held, folder / f"{len(shards)}.safetensors", metadata={"format": "pt"})
+            try:
+                save_file(held, folder / f"{len(shards)}.safetensors", metadata={"format": "pt"})
+            except SafetensorError as error:  # how the Rust side calls a full disk
+                raise OSError(str(error)) from error
         held.clear()
 
     for name, parameter in model.named_parameters():
@@ -237,7 +243,9 @@ def _save_tensors(
 
 
 def _name_shards(folder: Path, shards: list[dict[str, int]]) -> None:
-    """model.safetensors, or model-00001-of-00003.safetensors and the index."""
+    """model.safetensors, or model-00001-of-00003.safetensors and the index, readable as other files are."""
+    for number in range(1, len(shards) + 1):  # safetensors writes them for their owner alone
+        shutil.copymode(folder / "config.json", folder / f"{number}.safetensors")
     if len(shards) == 1:
         (folder / "1.safetensors").rename(folder / SINGLE)
         return
