@@ -224,6 +224,8 @@ def micro_batches(size: Size, config: MistralConfig, count: int) -> list[PackedB
 def training_step(size: Size, name: str, *, compile: bool, checkpointing: bool = False) -> dict[str, Any]:
     """Tokens/s, MFU and peak memory of whole steps of one micro-batch each, no two of them alike."""
     config, on_gpu = size.models[name], size.device.type == "cuda"
+    gc.collect()  # the model before
+    torch.cuda.empty_cache()
     needed = 16 * config.num_parameters()[0] + (12 << 30)
     if on_gpu and torch.cuda.mem_get_info()[0] < needed:
         return {"skipped": f"needs {needed / 2**30:.0f} GiB of free memory"}
@@ -286,8 +288,6 @@ def run_job(name: str, job: Callable[[], dict]) -> dict[str, Any]:
         result = {"name": name, "ok": True, **job()}
     except Exception as error:  # whatever breaks one job must not stop the others
         result = {"name": name, "ok": False, "error": f"{type(error).__name__}: {error}"[:1000]}
-    gc.collect()
-    torch.cuda.empty_cache()
     return {**result, "seconds": round(time.perf_counter() - start, 2)}
 
 
