@@ -132,6 +132,10 @@ def test_a_prompt_of_several_turns_ends_where_the_answers_part():
     }
     row = to_row(raw, ("x", 1), "pairs")
     assert list(row.prompt) == shared and len(row.chosen) == 3 and len(row.rejected) == 1
+    # Where a user's turns differ, the pair parts at the answer before them.
+    raw = {"chosen": say("Q", "A", "R", "C"), "rejected": say("Q", "A", "S", "C")}
+    row = to_row(raw, ("x", 1), "pairs")
+    assert list(row.prompt) == say("Q") and [len(row.chosen), len(row.rejected)] == [3, 3]
     # Whole words of a shared beginning, so that "br" of "braun" and "breit" stays with the answers.
     words = to_row({"chosen": "Er ist braun", "rejected": "Er ist breit"}, ("x", 1), "pairs")
     assert [part[0]["content"] for part in (words.prompt, words.chosen, words.rejected)] == [
