@@ -63,8 +63,9 @@ def main(config: ChatConfig) -> None:
             messages.append({"role": "user", "content": text})
             try:
                 [reply] = generate(
-                    model, tokenizer, [messages], max_new_tokens=config.max_new_tokens, seed=config.seed + turn,
+                    model, tokenizer, [messages], max_new_tokens=config.max_new_tokens,
                     temperature=config.temperature, top_p=config.top_p, top_k=config.top_k,
+                    seed=config.seed + turn,
                 )  # fmt: skip
             except ValueError as error:
                 raise UserError(f"the conversation has become too long ({error}); start again") from None

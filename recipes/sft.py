@@ -11,6 +11,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import import_gguf
 import prepare
@@ -19,7 +20,7 @@ import torch
 from phoenix import chat
 from phoenix.config import load_config, option, run_recipe
 from phoenix.data.loader import GlobalBatch, Loader
-from phoenix.data.packing import make_plan
+from phoenix.data.packing import Plan, make_plan
 from phoenix.data.store import TokenStore
 from phoenix.files import Interrupted, UserError
 from phoenix.generation import generate
@@ -27,18 +28,8 @@ from phoenix.model.mistral import Mistral, MistralConfig
 from phoenix.model.pretrained import load_weights, materialise, meta_model, read_config, save_model
 from phoenix.report import training_report
 from phoenix.tokenizer import Tokenizer
-from phoenix.train import metrics
-from phoenix.train.checkpoint import find_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
-from phoenix.train.distributed import (
-    World,
-    check_world,
-    parallelize,
-    reduce_gradients,
-    resolve_dtype,
-    scale_gradients,
-    seed_step,
-    start_world,
-)  # fmt: skip
+from phoenix.train import checkpoint, distributed, metrics
+from phoenix.train.distributed import World
 from phoenix.train.optim import OPTIMIZERS, SCHEDULES, build_optimizer, learning_rate_factor
 from phoenix.train.run import model_card, run_folder
 
@@ -83,9 +74,7 @@ class SFTConfig:
     save_dtype: str = option("of the written model", "bfloat16", ("bfloat16", "float16", "float32"))
     activation_checkpointing: bool = option("compute blocks twice, hold less", default=False)
     compile: bool = option("torch.compile the blocks", default=False)
-    logits_memory: float = option(
-        "GiB of logits kept for the backward pass rather than recomputed", default=1.0
-    )
+    logits_memory: float = option("GiB of logits kept for the backward pass, not recomputed", default=1.0)
     seed: int = option("of the order of rows and of noise", default=42)
     eval_steps: int = option("evaluate and generate samples every so many steps, and at the end", default=100)
     save_steps: int = option("write a checkpoint every so many steps, and at the end", default=100)
@@ -96,10 +85,18 @@ class SFTConfig:
     report_to: tuple[str, ...] = option("further views of the metrics: tensorboard, wandb", default=())
 
 
+class Run(NamedTuple):
+    """What follows from config and data: steps, dtype of the computation, FLOP/s that a device reaches."""
+
+    total_steps: int
+    dtype: torch.dtype
+    peak_flops: float
+
+
 def main(config: SFTConfig) -> Path:
     """Train; returns the folder of the trained model.  Raises UserError, or Interrupted after a signal."""
     check(config)
-    with start_world() as world, run_folder(config.output_dir, config, world):
+    with distributed.start_world() as world, run_folder(config.output_dir, config, world):
         make_missing(config, world)
         tokenizer = Tokenizer.from_pretrained(config.model_name_or_path)
         store = TokenStore.open(config.store, "train")
@@ -108,17 +105,18 @@ def main(config: SFTConfig) -> Path:
         plan = make_plan(store, config.max_length, config.packing_strategy, config.assistant_only_loss)
         batching = {"seed": config.seed, "micro_batch_tokens": config.micro_batch_tokens}
         loader = Loader(store, plan, global_batch_size=config.global_batch_size, **batching)
-        total_steps = min(config.max_steps or math.inf, loader.total_steps(config.num_train_epochs))
-        check_world(world, loader.num_micro_batches)
+        total_steps = min(config.max_steps or 10**9, loader.total_steps(config.num_train_epochs))
+        distributed.check_world(world, loader.num_micro_batches)
 
-        dtype = resolve_dtype(config.dtype, world.device)
+        dtype = distributed.resolve_dtype(config.dtype, world.device)
+        peak = metrics.peak_flops(world.device, dtype)
         model_config = read_config(config.model_name_or_path)
-        announce(config, model_config, plan, dtype, total_steps, world)
+        announce(config, model_config, plan, Run(total_steps, dtype, peak), world)
         model = meta_model(model_config).float()
         model.neftune_noise_alpha = config.neftune_noise_alpha
         model.logits_memory = int(config.logits_memory * 2**30)
         options = {"activation_checkpointing": config.activation_checkpointing, "compile": config.compile}
-        materialise(parallelize(model, world, compute_dtype=dtype, **options), world.device)
+        materialise(distributed.parallelize(model, world, compute_dtype=dtype, **options), world.device)
         load_weights(model, config.model_name_or_path)
         optimizer = build_optimizer(
             model, config.optim, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
@@ -128,15 +126,12 @@ def main(config: SFTConfig) -> Path:
         counts = dict.fromkeys(("step", "num_tokens", "skipped_steps", "skipped_in_a_row"), 0)
         state = {**counts, **identity(config, store)}
         checkpoints = config.output_dir / "checkpoints"
-        if saved := find_checkpoints(checkpoints):
-            state = load_checkpoint(saved[-1], model, optimizer, world, identity(config, store))
-            say(world, f"going on at step {state['step']} from {saved[-1]}")
-        kept = state["step"] if saved else -1
-        log = metrics.MetricsLog(
-            config.output_dir, step=kept, report_to=config.report_to, write=world.is_main
-        )
-        memory_trial(model, loader, world)
-        peak = metrics.peak_flops(world.device, dtype)
+        if saved := checkpoint.find_checkpoints(checkpoints):
+            state = checkpoint.load_checkpoint(saved[-1], model, optimizer, world, identity(config, store))
+            world.say(f"going on at step {state['step']} from {saved[-1]}")
+        views = {"report_to": config.report_to, "write": world.is_main}
+        log = metrics.MetricsLog(config.output_dir, step=state["step"] if saved else -1, **views)
+        distributed.try_memory(model, loader.largest_micro_batch(), world)
         warmup_steps = math.ceil(config.warmup_ratio * total_steps)
         if state["step"] == 0:
             evaluate(config, model, tokenizer, log, 0, world)
@@ -148,20 +143,22 @@ def main(config: SFTConfig) -> Path:
             model.train()
             flops = 0.0
             for index, micro in batch.share(world.rank, world.world_size):
-                seed_step(config.seed, step, index)
+                distributed.seed_step(config.seed, step, index)
                 stats = model(micro.to(world.device), stats=True)
                 (-stats.logps.sum() / batch.num_target_tokens).backward()
                 losses[index] = metrics.sft_sums(stats)
                 sums += losses[index]
                 flops += metrics.training_flops(model_config, micro.layout.q_length)
             extra = torch.tensor([flops, world.stop], dtype=torch.float64, device=world.device)
-            grad_norm, (*sums, flops, stop) = reduce_gradients(model, world, torch.cat([sums, extra]))
+            grad_norm, (*sums, flops, stop) = distributed.reduce_gradients(
+                model, world, torch.cat([sums, extra])
+            )
 
             learning_rate = config.learning_rate * learning_rate_factor(
                 config.lr_scheduler_type, step, config.schedule_steps or total_steps, warmup_steps
             )
             if math.isfinite(grad_norm):
-                scale_gradients(model, grad_norm, config.max_grad_norm)
+                distributed.scale_gradients(model, grad_norm, config.max_grad_norm)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate
                 optimizer.step()
@@ -194,9 +191,9 @@ def main(config: SFTConfig) -> Path:
             if last or (step + 1) % config.eval_steps == 0:
                 evaluate(config, model, tokenizer, log, step + 1, world)
             if last or stop or (step + 1) % config.save_steps == 0:
-                save_checkpoint(checkpoints, model, optimizer, state, world)
+                checkpoint.save_checkpoint(checkpoints, model, optimizer, state, world)
                 if world.is_main:
-                    prune_checkpoints(checkpoints, config.save_total_limit)
+                    checkpoint.prune_checkpoints(checkpoints, config.save_total_limit)
             if stop and not last:
                 raise Interrupted(f"stopped at step {step + 1} of {total_steps}; start again to go on")
 
@@ -205,7 +202,7 @@ def main(config: SFTConfig) -> Path:
         folder = config.output_dir / "model"
         export(config, model, tokenizer, store, folder)
         if world.is_main:
-            say(world, f"wrote {folder} and {training_report(config.output_dir)}")
+            world.say(f"wrote {folder} and {training_report(config.output_dir)}")
         return folder
 
 
@@ -230,50 +227,37 @@ def make_missing(config: SFTConfig, world: World) -> None:
     """The base model and the store of the quickstart are made here if they are what is missing."""
     base = import_gguf.BASE_MODEL
     if world.is_main and config.model_name_or_path == base and not base.exists():
-        say(world, f"{base} is missing: importing it")
+        world.say(f"{base} is missing: importing it")
         import_gguf.main(import_gguf.ImportConfig())
     preparation = load_config(prepare.PrepareConfig, [], prepare.QUICKSTART)
     if world.is_main and config.store == preparation.output and not config.store.exists():
-        say(world, f"{config.store} is missing: preparing it from the shipped sample")
+        world.say(f"{config.store} is missing: preparing it from the shipped sample")
         prepare.main(preparation)
     world.barrier()
 
 
 def identity(config: SFTConfig, store: TokenStore) -> dict:
     """What a checkpoint must share with this run for the run to be the same."""
-    names = (
-        "max_length packing_strategy assistant_only_loss global_batch_size micro_batch_tokens seed optim"
-    ).split()
-    return {"store": store.digest, **{name: getattr(config, name) for name in names}}
+    names = "max_length packing_strategy assistant_only_loss global_batch_size micro_batch_tokens seed optim"
+    return {"store": store.digest, **{name: getattr(config, name) for name in names.split()}}
 
 
-def announce(
-    config: SFTConfig, model: MistralConfig, plan, dtype: torch.dtype, total_steps: float, world: World
-) -> None:
+def announce(config: SFTConfig, model: MistralConfig, plan: Plan, run: Run, world: World) -> None:
     """The first lines say what will happen, before anything is loaded."""
-    tokens = int(plan.num_tokens / len(plan) * min(config.global_batch_size, len(plan)))
+    parameters, in_products = model.num_parameters()
+    tokens = plan.num_tokens / len(plan) * min(config.global_batch_size, len(plan))
     memory = metrics.training_memory(
-        model, dtype, world.world_size, config.optim, micro_batch_tokens=config.micro_batch_tokens,
+        model, run.dtype, world.world_size, config.optim, micro_batch_tokens=config.micro_batch_tokens,
         activation_checkpointing=config.activation_checkpointing, logits_memory=config.logits_memory * 2**30,
     )  # fmt: skip
-    say(
-        world,
-        f"{model.num_parameters()[0] / 1e6:.1f}M parameters, {dtype} on {world.world_size} x {world.device}",
+    hours = run.total_steps * tokens * 6 * in_products / (0.5 * run.peak_flops * world.world_size) / 3600
+    world.say(
+        f"{parameters / 1e6:.1f}M parameters, {run.dtype} on {world.world_size} x {world.device}\n"
+        f"{len(plan)} rows of up to {config.max_length} tokens, {plan.fill_rate:.1%} filled; "
+        f"{run.total_steps} steps of about {tokens:.0f} tokens\n"
+        f"memory a rank: about {memory / 2**30:.1f} GiB; time: about {hours:.2g} h at half of the measured "
+        f"{run.peak_flops / 1e9:.0f} GFLOP/s\nrun folder: {config.output_dir}"
     )
-    say(world, f"{len(plan)} rows of up to {config.max_length} tokens, {plan.fill_rate:.1%} filled; "
-               f"{total_steps} steps of about {tokens} tokens")  # fmt: skip
-    say(world, f"memory a rank: about {memory / 2**30:.1f} GiB; run folder: {config.output_dir}")
-
-
-def memory_trial(model: Mistral, loader: Loader, world: World) -> None:
-    """The largest micro-batch first: too little memory shows now and not after hours."""
-    model.train()
-    try:
-        (model(loader.largest_micro_batch().to(world.device)).sum() * 0).backward()
-    except torch.OutOfMemoryError:
-        raise UserError("the largest micro-batch does not fit into memory; lower micro_batch_tokens, or set "
-                        "activation_checkpointing=true") from None  # fmt: skip
-    model.zero_grad()
 
 
 def evaluate(
@@ -281,33 +265,26 @@ def evaluate(
 ) -> None:
     """Loss on the held-out split and answers to fixed prompts, on all ranks alike."""
     model.eval()
-    values = {}
     if TokenStore.has_split(config.store, "eval"):
         store = TokenStore.open(config.store, "eval")
         plan = make_plan(store, config.max_length, "bfd", config.assistant_only_loss)
-        loader = Loader(
-            store, plan, seed=0, global_batch_size=len(plan), micro_batch_tokens=config.micro_batch_tokens
-        )
+        sizes = {"global_batch_size": len(plan), "micro_batch_tokens": config.micro_batch_tokens}
+        loader = Loader(store, plan, seed=0, **sizes)
         batch, sums = loader.global_batch(0), torch.zeros(3, dtype=torch.float64, device=world.device)
         with torch.no_grad():
             for _, micro in batch.share(world.rank, world.world_size):
                 sums += metrics.sft_sums(model(micro.to(world.device), stats=True))
         values = metrics.sft_metrics(world.sum(sums).tolist(), batch.num_target_tokens, prefix="eval_")
-    if values:
         log.log(step, **values)
-        say(world, f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+        world.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
     prompts = [[{"role": "user", "content": prompt}] for prompt in config.sample_prompts]
-    replies = (
-        generate(model, tokenizer, prompts, max_new_tokens=config.sample_max_new_tokens) if prompts else []
-    )
+    replies = generate(model, tokenizer, prompts, max_new_tokens=config.sample_max_new_tokens)
     rows = [{"step": step, "prompt": p, "reply": r} for p, r in zip(config.sample_prompts, replies)]
     metrics.write_samples(config.output_dir / "samples.jsonl", step, rows, write=world.is_main)
 
 
 def bad_rows(losses: dict[int, torch.Tensor], batch: GlobalBatch, world: World) -> list[str]:
-    """File and line of the rows in micro-batches whose loss is not finite; all of the step's if only the norm
-    is.
-    """
+    """File and line of the rows in micro-batches whose loss is not finite; if all are, of the whole step."""
     mine = [index for index, loss in losses.items() if not bool(torch.isfinite(loss).all())]
     found = world.gather(mine)
     return batch.origins(sorted(index for indices in found for index in indices) or None)
@@ -315,16 +292,10 @@ def bad_rows(losses: dict[int, torch.Tensor], batch: GlobalBatch, world: World) 
 
 def export(config: SFTConfig, model: Mistral, tokenizer: Tokenizer, store: TokenStore, folder: Path) -> None:
     """The trained model in Hugging Face layout, with template, stop tokens and a card of what really ran."""
-    rows = metrics.read_metrics(config.output_dir / "metrics.jsonl")
-    card = model_card(config, rows, store.manifest)
+    card = model_card(config, metrics.read_metrics(config.output_dir / "metrics.jsonl"), store.manifest)
     stops = {"eos_token_id": chat.stop_ids(tokenizer, store.manifest["chat_template"])}
     dtype = getattr(torch, config.save_dtype)
     save_model(model, folder, tokenizer, dtype=dtype, generation_config=stops, texts={"README.md": card})
-
-
-def say(world: World, text: str) -> None:
-    if world.is_main:
-        print(text, flush=True)
 
 
 if __name__ == "__main__":

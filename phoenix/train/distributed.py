@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from phoenix.files import UserError
+from phoenix.model.layout import PackedBatch
 from phoenix.model.mistral import Mistral
 
 
@@ -43,6 +44,11 @@ class World:
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
+
+    def say(self, text: str) -> None:
+        """Print on rank 0 alone."""
+        if self.is_main:
+            print(text, flush=True)
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -162,6 +168,22 @@ def _shard(model: Mistral, world: World, compute_dtype: torch.dtype) -> None:
 
 def local_parameters(model: nn.Module) -> list[Tensor]:
     return [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+
+
+def try_memory(model: Mistral, batch: PackedBatch, world: World) -> None:
+    """Forward and backward of the largest micro-batch: too little memory shows now and not after hours.
+
+    Leaves no gradient behind.  Raises UserError if the memory of a GPU does not suffice.
+    """
+    model.train()
+    try:
+        (model(batch.to(world.device)).sum() * 0).backward()
+    except torch.OutOfMemoryError:
+        raise UserError(
+            "the largest micro-batch does not fit into memory; lower micro_batch_tokens, or set "
+            "activation_checkpointing=true"
+        ) from None
+    model.zero_grad()
 
 
 def reduce_gradients(model: nn.Module, world: World, extra: Tensor) -> tuple[float, Tensor]:

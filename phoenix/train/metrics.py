@@ -5,6 +5,7 @@ Names are TRL's; sums and counts are added over micro-batches and ranks, and div
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -166,6 +167,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return measure_gemm(device, dtype)
 
 
+@functools.cache
 def measure_gemm(device: torch.device, dtype: torch.dtype, size: int = 2048, repeats: int = 5) -> float:
     """Best FLOP/s of a product of two [size, size] matrices."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
