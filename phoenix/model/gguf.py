@@ -11,12 +11,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from phoenix.files import UserError, require
-from phoenix.model.mistral import Mistral, MistralConfig
-from phoenix.model.pretrained import save_model
+from phoenix.model.mistral import MistralConfig
+from phoenix.model.pretrained import materialise, meta_model, save_model
 
 
 def import_gguf(path: Path, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
@@ -35,17 +36,21 @@ def import_gguf(path: Path, folder: Path, *, dtype: torch.dtype = torch.float32)
         raise UserError(f"{path}: not a whole GGUF file ({error}); copy it again") from None
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     config = _config(fields, tensors, path)
-    model = Mistral(config, dtype=dtype, device="cpu")
+    model = meta_model(config).to(dtype)
+    shapes = {_gguf_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    for name, tensor in tensors.items():
+        if name not in shapes:
+            raise UserError(
+                f"{path}: has the tensor {name!r}, which is not supported; expected a plain llama model"
+            )
+        if tuple(reversed(tensor.shape.tolist())) != shapes[name]:
+            raise UserError(f"{path}: {name} has another shape than the fields say; expected {shapes[name]}")
+    texts = _tokenizer_files(fields, path)
+    materialise(model, "cpu")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(_tensor(gguf, tensors, name, config, path))
-    known = {_gguf_name(name) for name in model.state_dict()}
-    extra = sorted(tensors.keys() - known)
-    if extra:
-        raise UserError(
-            f"{path}: has the tensor {extra[0]!r}, which is not supported; expected a plain llama model"
-        )
-    save_model(model, folder, texts=_tokenizer_files(fields, path))
+    save_model(model, folder, texts=texts)
 
 
 def _config(fields: dict[str, Any], tensors: dict[str, Any], path: Path) -> MistralConfig:
@@ -64,15 +69,18 @@ def _config(fields: dict[str, Any], tensors: dict[str, Any], path: Path) -> Mist
             "num_key_value_heads": fields.get("llama.attention.head_count_kv", heads),
             "head_dim": fields.get("llama.attention.key_length", d // heads),
             "max_position_embeddings": fields["llama.context_length"],
-            # Stored as fp32: 9.999999747e-06 is 1e-5.
-            "rms_norm_eps": float(f"{fields['llama.attention.layer_norm_rms_epsilon']:.6g}"),
-            "rope_theta": float(f"{fields.get('llama.rope.freq_base', 10000.0):.6g}"),
+            "rms_norm_eps": _shortest(fields["llama.attention.layer_norm_rms_epsilon"]),
+            "rope_theta": _shortest(fields.get("llama.rope.freq_base", 10000.0)),
             "tie_word_embeddings": "output.weight" not in tensors,
             "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
             "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
         }
     except KeyError as error:
         raise UserError(f"{path}: lacks the field or tensor {error}; expected a whole llama model") from None
+    except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{path}: a field of its shape is no number ({error}); expected a llama model"
+        ) from None
     scaling = fields.get("llama.rope.scaling.type", "none")
     rotated = fields.get("llama.rope.dimension_count", table["head_dim"])
     if scaling != "none" or rotated != table["head_dim"]:
@@ -80,6 +88,11 @@ def _config(fields: dict[str, Any], tensors: dict[str, Any], path: Path) -> Mist
             f"{path}: rotary positions are scaled ({scaling}) or partial ({rotated}), which is not supported"
         )
     return MistralConfig.from_dict(table, str(path))
+
+
+def _shortest(value: float) -> float:
+    """The shortest number that fp32 stores as `value`: 9.999999747e-06 is 1e-05."""
+    return float(str(np.float32(value)))
 
 
 def _gguf_name(name: str) -> str:
@@ -115,11 +128,11 @@ def _tokenizer_files(fields: dict[str, Any], path: Path) -> dict[str, str]:
         raise UserError(
             f"{path}: the tokenizer is of the kind {kind!r}; expected one of {', '.join(_TOKENIZERS)}"
         )
-    types = fields.get("tokenizer.ggml.token_type") or [1] * len(pieces)
+    types = _types(fields, pieces)
     added = [
-        {"id": i, "content": piece, "special": types[i] == 3, "normalized": False,
+        {"id": i, "content": piece, "special": types[i] == _CONTROL, "normalized": False,
          "single_word": False, "lstrip": False, "rstrip": False}
-        for i, piece in enumerate(pieces) if types[i] in (3, 4)
+        for i, piece in enumerate(pieces) if types[i] in (_CONTROL, _USER_DEFINED)
     ]  # fmt: skip
     tokenizer = {"version": "1.0", "added_tokens": added, **_TOKENIZERS[kind](fields, pieces, path)}
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
@@ -137,9 +150,14 @@ def _tokenizer_files(fields: dict[str, Any], path: Path) -> dict[str, str]:
     return {name: json.dumps(value, ensure_ascii=False, indent=1) + "\n" for name, value in texts.items()}
 
 
+def _types(fields: dict[str, Any], pieces: list[str]) -> list[int]:
+    types = fields.get("tokenizer.ggml.token_type") or []
+    return types if len(types) == len(pieces) else [_NORMAL] * len(pieces)
+
+
 def _byte_level(fields: dict[str, Any], pieces: list[str], path: Path) -> dict[str, Any]:
     """Byte-level BPE, its text cut as `tokenizer.ggml.pre` names it."""
-    pre = fields.get("tokenizer.ggml.pre", "default")
+    pre = fields.get("tokenizer.ggml.pre")
     if pre not in _CUTS:
         raise UserError(
             f"{path}: cuts text as {pre!r}, which is not known; expected one of {', '.join(_CUTS)}"
@@ -148,10 +166,8 @@ def _byte_level(fields: dict[str, Any], pieces: list[str], path: Path) -> dict[s
         "type": "ByteLevel",
         "add_prefix_space": False,
         "trim_offsets": True,
-        "use_regex": not _CUTS[pre],
+        "use_regex": pre != "llama-bpe",  # which has a pattern of its own
     }
-    if pre == "smollm":
-        byte_level["use_regex"] = True
     return {
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*_CUTS[pre], byte_level]},
@@ -168,11 +184,16 @@ def _byte_level(fields: dict[str, Any], pieces: list[str], path: Path) -> dict[s
 
 def _sentencepiece(fields: dict[str, Any], pieces: list[str], path: Path) -> dict[str, Any]:
     """Sentencepiece BPE with byte fallback; merges: pairs of pieces that make a piece, best score first."""
-    scores, ids = fields["tokenizer.ggml.scores"], {piece: i for i, piece in enumerate(pieces)}
+    scores, ids = fields.get("tokenizer.ggml.scores") or [], {piece: i for i, piece in enumerate(pieces)}
+    if len(scores) != len(pieces):
+        raise UserError(f"{path}: has {len(scores)} scores for {len(pieces)} pieces; expected one each")
+    # Only ordinary pieces: "<s" and ">" of a text never become the control token <s>.
+    types = _types(fields, pieces)
+    plain = {piece: i for piece, i in ids.items() if types[i] == _NORMAL}
     merges = []
-    for i, piece in enumerate(pieces):
+    for piece, i in plain.items():
         cuts = ((piece[:at], piece[at:]) for at in range(1, len(piece)))
-        merges += [(-scores[i], ids[a], ids[b], [a, b]) for a, b in cuts if a in ids and b in ids]
+        merges += [(-scores[i], plain[a], plain[b], [a, b]) for a, b in cuts if a in plain and b in plain]
     starts = fields.get("tokenizer.ggml.add_space_prefix", True)
     prefix = [{"type": "Prepend", "prepend": "▁"}] if starts else []
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
@@ -212,11 +233,12 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# tokenizer.ggml.pre -> what cuts the text before the bytes are merged; the names are llama.cpp's.
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # of tokenizer.ggml.token_type
+# tokenizer.ggml.pre -> what cuts the text before the bytes are merged; the names are llama.cpp's, whose
+# "default" is none of these.
 _CUTS: dict[str, list[dict[str, Any]]] = {
     "smollm": [{"type": "Digits", "individual_digits": True}],
     "gpt-2": [],
-    "default": [],
     "llama-bpe": [
         {"type": "Split", "pattern": {"Regex": _LLAMA3}, "behavior": "Isolated", "invert": False},
     ],
