@@ -138,9 +138,8 @@ class Tokenizer:
         return ids if self._faithful(ids, text, starts) else None
 
     def _faithful(self, ids: list[int], text: str, starts: bool) -> bool:
-        """No control token, and nothing lost: the libraries drop what has no token in silence."""
-        data = self._join(ids, starts)
-        return data == text.encode() and self._control.isdisjoint(ids)
+        """Nothing lost (libraries drop what has no token in silence); so no control token, which has no text."""
+        return self._join(ids, starts) == text.encode()
 
     def _join(self, ids: Iterable[int], starts: bool) -> bytes:
         data = b"".join(map(self._texts.__getitem__, ids))
@@ -230,7 +229,6 @@ class Tokenizer:
         self.special_ids |= {name: self._ids[name] for name in names.values() if name in self._ids}
         for i in self.special_ids.values():
             self._texts[i] = b""
-        self._control = frozenset(self.special_ids.values())
         strings = sorted([SPACE, *self.special_ids], key=len, reverse=True)
         self._cut = re.compile(f"({'|'.join(map(re.escape, strings))})")
 

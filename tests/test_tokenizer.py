@@ -94,7 +94,8 @@ def test_text_comes_back_and_is_never_a_control_token(folder, text, starts):
 def test_stream_equals_decode(folder, data):
     tokenizer = load(folder)
     anything = st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30)
-    ids = data.draw(anything | TEXTS.map(tokenizer.encode))
+    control = st.lists(st.sampled_from(sorted(tokenizer.special_ids.values())), max_size=2)
+    ids = data.draw(control) + data.draw(anything | TEXTS.map(tokenizer.encode))
     stream = tokenizer.stream()
     parts = [stream.feed(i) for i in ids]
     assert "".join(parts) + stream.flush() == tokenizer.decode(ids)
