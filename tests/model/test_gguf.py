@@ -324,6 +324,21 @@ def test_sentencepiece_tokenizer_encodes_as_the_original(tmp_path, mistral_v1):
     assert config["add_bos_token"] is True and "chat_template" not in config
 
 
+def test_text_never_merges_into_a_control_token(tmp_path):
+    pieces = ["<unk>", "<s>", "</s>", "<0x41>", "▁", "<", "s", ">", "s>"]
+
+    def vocabulary(writer):
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(pieces)
+        writer.add_token_scores([0.0] * 8 + [-1.0])
+        writer.add_token_types([2, 3, 3, 6, 1, 1, 1, 1, 1])
+
+    import_gguf(write_gguf(tmp_path / "m.gguf", model_of(CONFIG), vocabulary=vocabulary), tmp_path / "model")
+    table = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
+    made = tokenizers.Tokenizer.from_str(json.dumps({**table, "added_tokens": []}))
+    assert made.encode("<s>").tokens == ["▁", "<", "s>"]
+
+
 def naive_bpe(word: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
     """Merge the best pair again and again."""
     while True:
