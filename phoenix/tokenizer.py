@@ -138,7 +138,7 @@ class Tokenizer:
         return ids if self._faithful(ids, text, starts) else None
 
     def _faithful(self, ids: list[int], text: str, starts: bool) -> bool:
-        """Nothing lost (libraries drop what has no token in silence); so no control token, which has no text."""
+        """Nothing lost (libraries drop what has no token in silence); a control token has no text either."""
         return self._join(ids, starts) == text.encode()
 
     def _join(self, ids: Iterable[int], starts: bool) -> bytes:
