@@ -11,8 +11,8 @@ attention from them.  For orientation, its fastest form: the row as one document
     bf16  Phoenix: fp32 masters, bf16 compute.  transformers: the same by autocast, and with bf16 weights
 
 Each side has a process of its own, forked after all imports; they work in turns, one at a time.  Memory is
-the peak of resident memory above that at the fork.  Ratios are of the same repeat (two rows); a group of sides in
-which one spreads by more than 15 % is measured once more.
+the peak of resident memory above that at the fork.  Ratios are of the same repeat (two rows).  If a side
+spreads by more than 15 %, its group is measured once more.
 """
 
 from __future__ import annotations
