@@ -98,7 +98,13 @@ def main(config: SFTConfig) -> Path:
     check(config)
     with distributed.start_world() as world, run_folder(config.output_dir, config, world):
         make_missing(config, world)
+        model_config = read_config(config.model_name_or_path)
         tokenizer = Tokenizer.from_pretrained(config.model_name_or_path)
+        if tokenizer.vocab_size > model_config.vocab_size:
+            raise UserError(
+                f"{config.model_name_or_path}: the tokenizer has {tokenizer.vocab_size} tokens, but config.json "
+                f"says vocab_size {model_config.vocab_size}; the two must come from one model"
+            )
         store = TokenStore.open(config.store, "train")
         store.require_tokenizer(tokenizer.digest)
         chat.apply_template(tokenizer, store.manifest["chat_template"])
@@ -110,7 +116,6 @@ def main(config: SFTConfig) -> Path:
 
         dtype = distributed.resolve_dtype(config.dtype, world.device)
         peak = metrics.peak_flops(world.device, dtype)
-        model_config = read_config(config.model_name_or_path)
         announce(config, model_config, plan, Run(total_steps, dtype, peak), world)
         model = meta_model(model_config).float()
         model.neftune_noise_alpha = config.neftune_noise_alpha
@@ -214,13 +219,29 @@ def check(config: SFTConfig) -> None:
             f"micro_batch_tokens is {config.micro_batch_tokens}, below max_length {config.max_length}: no "
             "row would fit; raise it, or lower max_length"
         )
-    positive = (
-        "max_length global_batch_size num_train_epochs learning_rate eval_steps save_steps save_total_limit "
-        "max_grad_norm max_skipped_steps"
-    )
-    for name in positive.split():
-        if getattr(config, name) <= 0:
-            raise UserError(f"{name} is {getattr(config, name)}; expected a number above 0")
+    for names, fits, expected in RANGES:
+        for name in names.split():
+            if (value := getattr(config, name)) is not None and not fits(value):
+                raise UserError(f"{name} is {value}; expected {expected}")
+
+
+# Fields whose type allows more than makes sense.
+RANGES = (
+    (
+        "max_length global_batch_size num_train_epochs max_steps learning_rate schedule_steps eval_steps "
+        "save_steps save_total_limit max_skipped_steps sample_max_new_tokens",
+        lambda value: 0 < value < math.inf,
+        "a number above 0",
+    ),
+    ("max_grad_norm", lambda value: value > 0, "a number above 0 (inf: no clipping)"),
+    (
+        "weight_decay neftune_noise_alpha logits_memory adam_epsilon seed",
+        lambda value: 0 <= value < math.inf,
+        "a number of at least 0",
+    ),
+    ("warmup_ratio", lambda value: 0 <= value <= 1, "a share from 0 to 1"),
+    ("adam_beta1 adam_beta2", lambda value: 0 <= value < 1, "at least 0 and below 1"),
+)
 
 
 def make_missing(config: SFTConfig, world: World) -> None:
@@ -239,7 +260,8 @@ def make_missing(config: SFTConfig, world: World) -> None:
 def identity(config: SFTConfig, store: TokenStore) -> dict:
     """What a checkpoint must share with this run for the run to be the same."""
     names = "max_length packing_strategy assistant_only_loss global_batch_size micro_batch_tokens seed optim"
-    return {"store": store.digest, **{name: getattr(config, name) for name in names.split()}}
+    fields = {name: getattr(config, name) for name in names.split()}
+    return {"model_name_or_path": str(config.model_name_or_path), "store": store.digest, **fields}
 
 
 def announce(config: SFTConfig, model: MistralConfig, plan: Plan, run: Run, world: World) -> None:

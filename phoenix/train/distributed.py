@@ -72,7 +72,7 @@ class World:
 
 def seed_step(seed: int, step: int, micro_batch: int) -> None:
     """Seed torch for one micro-batch: its noise depends on no rank, and on nothing that ran before."""
-    torch.manual_seed((seed * 1_000_003 + step) * 1_000_003 + micro_batch)
+    torch.manual_seed(((seed * 1_000_003 + step) * 1_000_003 + micro_batch) % 2**63)  # torch takes 64 bits
 
 
 @contextlib.contextmanager
