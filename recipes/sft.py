@@ -102,8 +102,8 @@ def main(config: SFTConfig) -> Path:
         tokenizer = Tokenizer.from_pretrained(config.model_name_or_path)
         if tokenizer.vocab_size > model_config.vocab_size:
             raise UserError(
-                f"{config.model_name_or_path}: the tokenizer has {tokenizer.vocab_size} tokens, but config.json "
-                f"says vocab_size {model_config.vocab_size}; the two must come from one model"
+                f"{config.model_name_or_path}: the tokenizer has {tokenizer.vocab_size} tokens, but "
+                f"config.json says vocab_size {model_config.vocab_size}; the two must come from one model"
             )
         store = TokenStore.open(config.store, "train")
         store.require_tokenizer(tokenizer.digest)
