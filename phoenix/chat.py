@@ -12,15 +12,19 @@ template writes in plain words: `<|assistant|>` or `[/INST]` inside a message is
 reads the same and is another sequence of ids.
 """
 
+from __future__ import annotations
+
 import difflib
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phoenix.files import UserError
-from phoenix.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from phoenix.tokenizer import Tokenizer
 
 PARTS = re.compile(r"\{(.+?)\}|([^{▁]+|▁)")
 Messages = Sequence[dict[str, str]]
