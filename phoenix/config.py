@@ -28,9 +28,23 @@ from phoenix.files import Interrupted, UserError
 Config = TypeVar("Config")
 
 
-def option(meaning: str, default: Any = dataclasses.MISSING, choices: tuple = ()) -> Any:
-    """A field of a config: its meaning, its default (none: it must be given), the values it may take."""
-    return dataclasses.field(default=default, metadata={"meaning": meaning, "choices": choices})
+def option(
+    meaning: str, default: Any = dataclasses.MISSING, choices: tuple = (), *, bounds: str | None = None
+) -> Any:
+    """A field of a config: its meaning, its default (none: it must be given), the values it may take.
+
+    bounds: a name in BOUNDS, which `check_bounds` holds the value to.
+    """
+    metadata = {"meaning": meaning, "choices": choices, "bounds": bounds}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_bounds(config: Any) -> None:
+    """UserError for a number out of its field's bounds; None and fields without bounds pass."""
+    for field in dataclasses.fields(config):
+        bounds, value = field.metadata.get("bounds"), getattr(config, field.name)
+        if bounds and value is not None and not BOUNDS[bounds](value):
+            raise UserError(f"{field.name} is {value}; expected a number {bounds}")
 
 
 def load_config(kind: type[Config], arguments: list[str], default_file: Path | None = None) -> Config:
@@ -73,6 +87,8 @@ def run_recipe(main: Callable[[Any], Any], kind: type, default_file: Path | None
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(75)
@@ -99,13 +115,20 @@ def help_text(kind: type) -> str:
     for field, annotation in _fields(kind).values():
         default = "required" if field.default is dataclasses.MISSING else f"default {_to_toml(field.default)}"
         choices = field.metadata.get("choices")
-        meaning = field.metadata.get("meaning", "") + (
-            f"; one of {', '.join(map(str, choices))}" if choices else ""
-        )
+        meaning = field.metadata.get("meaning", "")
+        meaning += f"; one of {', '.join(map(str, choices))}" if choices else ""
+        meaning += f"; {field.metadata['bounds']}" if field.metadata.get("bounds") else ""
         lines.append(f"  {field.name}: {_type_name(annotation)} ({default})\n      {meaning}")
     return "\n".join(lines)
 
 
+BOUNDS = {
+    "above 0": lambda value: 0 < value < math.inf,
+    "above 0 (inf: no limit)": lambda value: value > 0,
+    "of at least 0": lambda value: 0 <= value < math.inf,
+    "from 0 to 1": lambda value: 0 <= value <= 1,
+    "of at least 0 and below 1": lambda value: 0 <= value < 1,
+}
 # A known name of TRL, transformers or the handbook -> ours.
 OTHER_NAMES = {
     "lr": "learning_rate",

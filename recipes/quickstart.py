@@ -47,7 +47,7 @@ class QuickstartConfig:
     max_steps: int | None = option("end the training after this many steps", default=None)
     prompts: int = option("measure on so many held-out prompts of both languages; 0: on all", default=0)
     max_new_tokens: int = option("tokens of a reply at most; reference answers have about 300", default=512)
-    temperature: float = option("0: always the most probable token", default=0.7)
+    temperature: float = option("0: always the most probable token", default=0.8)
     top_p: float = option("draw from the most probable tokens that reach this probability", default=0.9)
     seed: int = option("of the drawing", default=0)
     dtype: str = option("of the measurement", "auto", ("auto", "bfloat16", "float32"))

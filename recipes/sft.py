@@ -18,9 +18,9 @@ import prepare
 import torch
 
 from phoenix import chat
-from phoenix.config import load_config, option, run_recipe
+from phoenix.config import check_bounds, load_config, option, run_recipe
 from phoenix.data.loader import GlobalBatch, Loader
-from phoenix.data.packing import Plan, make_plan
+from phoenix.data.packing import PACKING, Plan, make_plan
 from phoenix.data.store import TokenStore
 from phoenix.files import Interrupted, UserError
 from phoenix.generation import generate
@@ -44,45 +44,37 @@ class SFTConfig:
     model_name_or_path: Path = option("folder of the model to start from (Hugging Face layout)")
     store: Path = option("token store written by recipes/prepare.py")
     output_dir: Path = option("run folder to write; a run that stands there is continued")
-    max_length: int = option("tokens of a packed row", default=2048)
-    packing_strategy: str = option("whole documents, isolated; or the stream cut", "bfd", ("bfd", "wrapped"))
-    assistant_only_loss: bool = option(
-        "train on the assistant's turns alone, not on every token", default=True
-    )
-    global_batch_size: int = option("packed rows a step, over all ranks", default=512)
-    micro_batch_tokens: int = option(
-        "tokens a rank holds at once, at least max_length; for memory", default=2048
-    )
-    num_train_epochs: float = option("passes over the data", default=1.0)
-    max_steps: int | None = option("end after this many steps", default=None)
-    learning_rate: float = option("peak learning rate", default=2e-5)
+    max_length: int = option("tokens of a packed row", default=2048, bounds="above 0")
+    packing_strategy: str = option("whole documents, isolated; or the stream cut", "bfd", tuple(PACKING))
+    assistant_only_loss: bool = option("train on the assistant's turns alone, not on every token", True)
+    global_batch_size: int = option("packed rows a step, over all ranks", 512, bounds="above 0")
+    micro_batch_tokens: int = option("tokens a rank holds at once, at least max_length; for memory", 2048)
+    num_train_epochs: float = option("passes over the data", 1.0, bounds="above 0")
+    max_steps: int | None = option("end after this many steps", None, bounds="above 0")
+    learning_rate: float = option("peak learning rate", 2e-5, bounds="above 0")
     lr_scheduler_type: str = option("shape of the schedule", "cosine", tuple(SCHEDULES))
-    warmup_ratio: float = option("share of the steps over which the rate rises", default=0.0)
-    schedule_steps: int | None = option(
-        "plan the schedule for this many steps instead of those run", default=None
-    )
+    warmup_ratio: float = option("share of the steps over which the rate rises", 0.0, bounds="from 0 to 1")
+    schedule_steps: int | None = option("plan the schedule for so many steps", None, bounds="above 0")
     optim: str = option("optimizer", "adamw", tuple(OPTIMIZERS))
-    adam_beta1: float = option("AdamW's first beta", default=0.9)
-    adam_beta2: float = option("AdamW's second beta", default=0.999)
-    adam_epsilon: float = option("epsilon of the optimizer", default=1e-8)
-    weight_decay: float = option("decay of matrices; norms never decay", default=0.0)
-    max_grad_norm: float = option("clip the gradient to this norm", default=1.0)
-    neftune_noise_alpha: float = option(
-        "NEFTune noise on embeddings, 0 for none; its paper used 5", default=0.0
-    )
+    adam_beta1: float = option("AdamW's first beta", 0.9, bounds="of at least 0 and below 1")
+    adam_beta2: float = option("AdamW's second beta", 0.999, bounds="of at least 0 and below 1")
+    adam_epsilon: float = option("epsilon of the optimizer", 1e-8, bounds="of at least 0")
+    weight_decay: float = option("decay of matrices; norms never decay", 0.0, bounds="of at least 0")
+    max_grad_norm: float = option("clip the gradient to this norm", 1.0, bounds="above 0 (inf: no limit)")
+    neftune_noise_alpha: float = option("NEFTune noise; its paper used 5", 0.0, bounds="of at least 0")
     dtype: str = option("of the computation; weights are fp32", "auto", ("auto", "bfloat16", "float32"))
     save_dtype: str = option("of the written model", "bfloat16", ("bfloat16", "float16", "float32"))
-    activation_checkpointing: bool = option("compute blocks twice, hold less", default=False)
-    compile: bool = option("torch.compile the blocks", default=False)
-    logits_memory: float = option("GiB of logits kept for the backward pass, not recomputed", default=1.0)
-    seed: int = option("of the order of rows and of noise", default=42)
-    eval_steps: int = option("evaluate and generate samples every so many steps, and at the end", default=100)
-    save_steps: int = option("write a checkpoint every so many steps, and at the end", default=100)
-    save_total_limit: int = option("checkpoints to keep", default=2)
-    max_skipped_steps: int = option("stop after so many steps in a row without a finite gradient", default=5)
-    sample_prompts: tuple[str, ...] = option("prompts answered at each evaluation", default=())
-    sample_max_new_tokens: int = option("tokens of such an answer at most", default=128)
-    report_to: tuple[str, ...] = option("further views of the metrics: tensorboard, wandb", default=())
+    activation_checkpointing: bool = option("compute blocks twice, hold less", False)
+    compile: bool = option("torch.compile the blocks", False)
+    logits_memory: float = option("GiB of logits kept for the backward pass", 1.0, bounds="of at least 0")
+    seed: int = option("of the order of rows and of noise", 42, bounds="of at least 0")
+    eval_steps: int = option("steps between evaluations; one more at the end", 100, bounds="above 0")
+    save_steps: int = option("steps between checkpoints; one more at the end", 100, bounds="above 0")
+    save_total_limit: int = option("checkpoints to keep", 2, bounds="above 0")
+    max_skipped_steps: int = option("end after so many non-finite gradients on end", 5, bounds="above 0")
+    sample_prompts: tuple[str, ...] = option("prompts answered at each evaluation", ())
+    sample_max_new_tokens: int = option("tokens of such an answer at most", 128, bounds="above 0")
+    report_to: tuple[str, ...] = option("further views of the metrics: tensorboard, wandb", ())
 
 
 class Run(NamedTuple):
@@ -219,29 +211,7 @@ def check(config: SFTConfig) -> None:
             f"micro_batch_tokens is {config.micro_batch_tokens}, below max_length {config.max_length}: no "
             "row would fit; raise it, or lower max_length"
         )
-    for names, fits, expected in RANGES:
-        for name in names.split():
-            if (value := getattr(config, name)) is not None and not fits(value):
-                raise UserError(f"{name} is {value}; expected {expected}")
-
-
-# Fields whose type allows more than makes sense.
-RANGES = (
-    (
-        "max_length global_batch_size num_train_epochs max_steps learning_rate schedule_steps eval_steps "
-        "save_steps save_total_limit max_skipped_steps sample_max_new_tokens",
-        lambda value: 0 < value < math.inf,
-        "a number above 0",
-    ),
-    ("max_grad_norm", lambda value: value > 0, "a number above 0 (inf: no clipping)"),
-    (
-        "weight_decay neftune_noise_alpha logits_memory adam_epsilon seed",
-        lambda value: 0 <= value < math.inf,
-        "a number of at least 0",
-    ),
-    ("warmup_ratio", lambda value: 0 <= value <= 1, "a share from 0 to 1"),
-    ("adam_beta1 adam_beta2", lambda value: 0 <= value < 1, "at least 0 and below 1"),
-)
+    check_bounds(config)
 
 
 def make_missing(config: SFTConfig, world: World) -> None:

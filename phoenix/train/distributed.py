@@ -46,9 +46,10 @@ class World:
         return values
 
     def say(self, text: str) -> None:
-        """Print on rank 0 alone."""
+        """Print on rank 0 alone; a reader that has gone (`| head`) does not end the run."""
         if self.is_main:
-            print(text, flush=True)
+            with contextlib.suppress(BrokenPipeError):
+                print(text, flush=True)
 
     def barrier(self) -> None:
         if self.world_size > 1:
