@@ -51,8 +51,8 @@ def text_bits_per_byte(
     """Bits per byte of plain texts; BOS (or else EOS) is context only.
 
     A text beyond the model's positions is scored in windows, each token once, as in lm-eval's rolling
-    log-likelihood: a window begins with the last token of the one before, and the last window is filled up with
-    earlier tokens.
+    log-likelihood: a window begins with the last token of the one before, and the last window is filled up
+    with earlier tokens.
     """
     first = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     if first is None:
