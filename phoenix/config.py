@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from phoenix.files import Interrupted, UserError
+from phoenix.files import Interrupted, UserError, atomic_write
 
 Config = TypeVar("Config")
 
@@ -80,24 +80,24 @@ def load_config(kind: type[Config], arguments: list[str], default_file: Path | N
 
 
 def run_recipe(main: Callable[[Any], Any], kind: type, default_file: Path | None = None) -> None:
-    """Run a recipe from the command line; exits with 0, 2 (UserError, one line) or 75 (Interrupted)."""
+    """Run a recipe from the command line; exits with 0, 2 (UserError, one line) or 75 (stopped)."""
     try:
         main(load_config(kind, sys.argv[1:], default_file))
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # `| head` has read enough
+    except BrokenPipeError:  # `| head` has read enough, and the rest was not done
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        sys.exit(1)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(str(stop) or "stopped; the same command goes on", file=sys.stderr)
         sys.exit(75)
 
 
 def save_config(path: Path, config: Any) -> None:
     """Write a config as the TOML file that gives it again."""
-    from phoenix.files import atomic_write
-
     with atomic_write(path) as file:
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)

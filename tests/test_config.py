@@ -189,6 +189,8 @@ def main(config):
         raise UserError("no rows; give some")
     if config.end == "early":
         raise Interrupted("stopped at step 3")
+    if config.end == "by hand":
+        raise KeyboardInterrupt
 
 run_recipe(main, Config)
 """
@@ -207,6 +209,8 @@ run_recipe(main, Config)
             "error: command line, 'ende=badly': unknown field 'ende'; did you mean 'end'?\n",
         ),
         (["end=early"], "0", 75, "stopped at step 3\n"),
+        (["end=early"], "1", 75, ""),
+        (["end=by hand"], "0", 75, "stopped; the same command goes on\n"),
     ],
 )
 def test_how_a_recipe_exits(monkeypatch, capsys, arguments, rank, code, message):
