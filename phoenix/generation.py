@@ -98,7 +98,8 @@ def generate_all(
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():  # a sharded model does not run under inference_mode
+        # A sharded model cannot run under inference_mode; compiled blocks would compile anew for every layer.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             _run(model, sequences, sampling, _unowned(model, tokenizer), stop_ids)
     finally:
         model.train(was_training)

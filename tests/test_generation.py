@@ -248,6 +248,18 @@ def test_training_mode_comes_back_and_no_gradient_is_kept(tokenizer):
     assert model.training
 
 
+def test_compiled_blocks_are_not_compiled_again_for_generation(tokenizer):
+    model = build()
+    expected = generate(model, tokenizer, PROMPTS, max_new_tokens=5)
+    compiled = []
+    for layer in model.model.layers:
+        layer.compile(backend=lambda graph, _inputs: compiled.append(graph) or graph)
+    assert generate(model, tokenizer, PROMPTS, max_new_tokens=5) == expected
+    assert not compiled
+    model(_batch())
+    assert compiled
+
+
 def test_cache_and_computation_have_the_compute_dtype(tokenizer, monkeypatch):
     model, seen = build(), []
     model.compute_dtype = torch.bfloat16
