@@ -195,6 +195,10 @@ def _gather(x: Tensor, ranges: list[tuple[int, int]]) -> Tensor:
 def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
     """SDPA of one block [1, heads, rows, e]; on a CPU with the log-sum-exp [1, h, rows] for the backward."""
     if q.device.type == "cpu":
+        if q.dtype == torch.bfloat16 and q.shape[2] == 1:
+            # The bf16 kernel repacks all keys first: 539 us for one query and 400 keys, 131 us in fp32.
+            out, lse = _forward(q.float(), k.float(), v.float(), mask, causal)
+            return out.to(q.dtype), lse
         bias = (
             None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
         )

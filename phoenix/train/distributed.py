@@ -7,7 +7,6 @@ batch.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 from collections.abc import Iterator
@@ -87,8 +86,6 @@ def start_world() -> Iterator[World]:
     if torch.cuda.is_available():
         world.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(world.device)
-    else:
-        keep_freed_memory()
     makes_group = world.world_size > 1 and not dist.is_initialized()
     if makes_group:
         dist.init_process_group("cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo")
@@ -106,15 +103,6 @@ def start_world() -> Iterator[World]:
             signal.signal(number, handler)
         if makes_group:
             dist.destroy_process_group()
-
-
-def keep_freed_memory() -> None:
-    """Have glibc reuse large freed blocks: mapping and zeroing them anew took a fifth of a step on a CPU."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        m_mmap_threshold, m_trim_threshold = -3, -1
-        mallopt(m_mmap_threshold, 2**30)
-        mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
