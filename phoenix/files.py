@@ -145,6 +145,20 @@ def read_json(path: Path, what: str = "JSON file") -> Any:
         raise UserError(f"{path}, line {line}: not valid JSON ({error}); expected the {what}") from None
 
 
+def read_json_lines(path: Path) -> list[Any]:
+    """The values in a file of JSON lines, none if there is no file; what follows a line that a kill cut off
+    is left out.
+    """
+    rows = []
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in filter(None, text.split("\n")):  # not splitlines: text may hold U+2028
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with open(path, "rb") as file:

@@ -7,13 +7,12 @@ these escape all text that they are given.
 from __future__ import annotations
 
 import html
-import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from phoenix.files import UserError, atomic_write
+from phoenix.files import UserError, atomic_write, read_json_lines
 
 Points = Sequence[tuple[float, float]]
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM = 640, 240, 64, 12, 28  # of a chart, in its own units
@@ -81,7 +80,7 @@ def training_report(run_folder: Path) -> Path:
     Raises UserError if there is no metrics.jsonl.
     """
     folder = Path(run_folder)
-    rows, samples = (_json_lines(folder / name) for name in ("metrics.jsonl", "samples.jsonl"))
+    rows, samples = (read_json_lines(folder / name) for name in ("metrics.jsonl", "samples.jsonl"))
     if not rows:
         raise UserError(f"{folder / 'metrics.jsonl'}: no row; expected the metrics of a training run")
     sections = [curve for group in TRAINING_CURVES if (curve := metric_curves(rows, *group))]
@@ -147,17 +146,6 @@ def _ticks(low: float, high: float) -> list[float]:
     power = 10.0 ** math.floor(math.log10(high - low))
     step = next(size * power for size in (0.2, 0.5, 1, 2) if (high - low) / (size * power) <= 5.5)
     return [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file; a last line that a kill cut off is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
 
 
 TRAINING_CURVES = [

@@ -25,12 +25,12 @@ from phoenix.config import load_config, option, run_recipe
 from phoenix.data import language
 from phoenix.data.formats import Conversation, read_rows, to_row
 from phoenix.eval.scoring import bits_per_byte
-from phoenix.files import UserError, read_json, require, sha256, write_json
+from phoenix.files import UserError, read_json, read_json_lines, require, sha256, write_json
 from phoenix.generation import Reply, Sampling, generate_all
 from phoenix.model.mistral import Mistral
 from phoenix.tokenizer import Tokenizer
 from phoenix.train.distributed import resolve_dtype
-from phoenix.train.metrics import measure_gemm, read_metrics
+from phoenix.train.metrics import measure_gemm
 from phoenix.train.run import is_done
 
 Table = dict[str, Any]
@@ -254,7 +254,7 @@ def readable(text: str, length: int) -> str:
 
 
 def write_report(config: QuickstartConfig, table: list, shown: list, seconds: Table) -> Path:
-    rows = read_metrics(config.output_dir / "sft" / "metrics.jsonl")
+    rows = read_json_lines(config.output_dir / "sft" / "metrics.jsonl")
     replies = ((b["prompt"], b["reference"], b["reply"], a["reply"]) for b, a in shown)
     sections = [
         report.paragraph(EXPECT), report.table(("on held-out prompts", "before", "after", "change"), table),

@@ -22,7 +22,7 @@ from phoenix.config import check_bounds, load_config, option, run_recipe
 from phoenix.data.loader import GlobalBatch, Loader
 from phoenix.data.packing import PACKING, Plan, make_plan
 from phoenix.data.store import TokenStore
-from phoenix.files import Interrupted, UserError
+from phoenix.files import Interrupted, UserError, read_json_lines
 from phoenix.generation import generate
 from phoenix.model.mistral import Mistral, MistralConfig
 from phoenix.model.pretrained import load_weights, materialise, meta_model, read_config, save_model
@@ -284,7 +284,7 @@ def bad_rows(losses: dict[int, torch.Tensor], batch: GlobalBatch, world: World) 
 
 def export(config: SFTConfig, model: Mistral, tokenizer: Tokenizer, store: TokenStore, folder: Path) -> None:
     """The trained model in Hugging Face layout, with template, stop tokens and a card of what really ran."""
-    card = model_card(config, metrics.read_metrics(config.output_dir / "metrics.jsonl"), store.manifest)
+    card = model_card(config, read_json_lines(config.output_dir / "metrics.jsonl"), store.manifest)
     stops = {"eos_token_id": chat.stop_ids(tokenizer, store.manifest["chat_template"])}
     dtype = getattr(torch, config.save_dtype)
     save_model(model, folder, tokenizer, dtype=dtype, generation_config=stops, texts={"README.md": card})

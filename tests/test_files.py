@@ -16,6 +16,7 @@ from phoenix.files import (
     atomic_write,
     inside,
     read_json,
+    read_json_lines,
     require,
     sha256,
     write_json,
@@ -159,6 +160,15 @@ def test_json_that_does_not_parse_is_named(tmp_path, data, message):
     path.write_bytes(data)
     with pytest.raises(UserError, match=rf"value\.json.*{message}.*expected the list of names"):
         read_json(path, "list of names")
+
+
+@pytest.mark.parametrize("tail", [b"", b'{"a": "Gr\xc3', b"\n\n"])
+def test_json_lines_up_to_a_kill(tmp_path, tail):
+    values = [{"a": "Gr\u00fc\u00dfe\u2028\u0085 "}, [1], None]
+    text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+    (tmp_path / "rows.jsonl").write_bytes(text.encode() + tail)
+    assert read_json_lines(tmp_path / "rows.jsonl") == values
+    assert read_json_lines(tmp_path / "none.jsonl") == []
 
 
 def test_json_that_is_no_file_is_named(tmp_path):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from phoenix.files import UserError, atomic_write, require
+from phoenix.files import UserError, atomic_write, read_json_lines, require
 from phoenix.kernels.linear_logps import LabelStats
 from phoenix.model.mistral import MistralConfig
 
@@ -51,7 +51,7 @@ class MetricsLog:
         self.path, self.write, self.trackers = folder / "metrics.jsonl", write, []
         if not write:
             return
-        kept = [row for row in read_metrics(self.path) if row["step"] <= step]
+        kept = [row for row in read_json_lines(self.path) if row["step"] <= step]
         with atomic_write(self.path) as file:
             file.writelines(json.dumps(row) + "\n" for row in kept)
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115, closed by `close`
@@ -64,8 +64,11 @@ class MetricsLog:
             value = value.item() if isinstance(value, Tensor) else value
             row[name] = None if isinstance(value, float) and not math.isfinite(value) else value
         if self.write:
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
+            try:
+                self.file.write(json.dumps(row) + "\n")
+                self.file.flush()
+            except OSError as error:
+                raise UserError(f"cannot write {self.path}: {error.strerror}; free space") from None
             for track in self.trackers:
                 track(row)
         return row
@@ -74,18 +77,6 @@ class MetricsLog:
         if self.write:
             os.fsync(self.file.fileno())
             self.file.close()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that a kill cut off is left out."""
-    rows = []
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    for line in filter(None, text.split("\n")):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
 
 
 def progress_bar(total: int, initial: int, *, show: bool) -> tqdm:
@@ -113,7 +104,7 @@ def write_samples(path: Path, step: int, rows: Sequence[dict[str, Any]], *, writ
     whole.
     """
     if write and rows:
-        kept = [row for row in read_metrics(path) if row["step"] < step]
+        kept = [row for row in read_json_lines(path) if row["step"] < step]
         with atomic_write(path) as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in [*kept, *rows])
 

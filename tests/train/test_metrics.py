@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from phoenix.files import UserError
+from phoenix.files import UserError, read_json_lines
 from phoenix.model.layout import IGNORE_INDEX, AttentionLayout, PackedBatch
 from phoenix.model.mistral import Mistral, MistralConfig
 from phoenix.train import metrics
@@ -135,6 +135,14 @@ def test_each_line_is_json_and_there_at_once(tmp_path):
     log.close()
 
 
+def test_a_full_disk_is_one_sentence(tmp_path):
+    log = metrics.MetricsLog(tmp_path, step=-1)
+    log.file.close()
+    log.file = open("/dev/full", "w")  # noqa: SIM115, every write to it finds the disk full
+    with pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl: No space left"):
+        log.log(1, loss=1.0)
+
+
 def test_other_ranks_write_nothing(tmp_path):
     log = metrics.MetricsLog(tmp_path, step=-1, write=False)
     assert log.log(1, loss=1.0) == {"step": 1, "loss": 1.0}
@@ -149,7 +157,7 @@ def test_samples_of_a_step_stand_once(tmp_path):
         metrics.write_samples(
             path, step, [{"step": step, "reply": "Grüße"}, {"step": step, "reply": "\u2028"}]
         )
-    assert [row["step"] for row in metrics.read_metrics(path)] == [0, 0, 2, 2, 4, 4]
+    assert [row["step"] for row in read_json_lines(path)] == [0, 0, 2, 2, 4, 4]
     assert "Grüße" in path.read_text(encoding="utf-8")
 
 
