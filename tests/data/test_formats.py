@@ -66,7 +66,9 @@ def test_the_sample_row_of_each_format_converts(name):
     assert to_row({**raw, "license": "CC0"}, ("x", 1), kind_of(name)).license == "CC0"
 
 
-@pytest.mark.parametrize("name, column", [(name, column) for name in FORMATS for column in FORMATS[name][1]])
+@pytest.mark.parametrize(
+    "name, column", [(name, column) for name in FORMATS for column in sorted(FORMATS[name][1])]
+)
 @pytest.mark.parametrize("value", ["absent", None, 5])
 def test_a_missing_or_odd_column_is_named(name, column, value):
     raw = {key: text for key, text in SAMPLES[name][0].items() if key != column}
