@@ -9,6 +9,7 @@ import json
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import sentencepiece
 import tokenizers
@@ -16,6 +17,10 @@ import torch
 from ranks import two_ranks as two_ranks
 
 from phoenix.model.mistral import Llama3Scaling, Mistral, MistralConfig
+
+# A loaded machine is no fault of the code: no example has to end within 200 ms.
+hypothesis.settings.register_profile("no clock", deadline=None)
+hypothesis.settings.load_profile("no clock")
 
 LINES = [
     "Der Zug nach Köln fährt heute zwölf Minuten später ab, weil auf der Strecke gebaut wird.",
