@@ -44,9 +44,8 @@ class Tokenizer:
         paths = {name: self.folder / name for name in (MODEL, JSON, CONFIG, ADDED, MAP)}
         self._files = {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
         if not self._files.keys() & {MODEL, JSON}:
-            raise UserError(
-                f"{folder}: no tokenizer here; expected {MODEL} or {JSON}; copy it from the model"
-            )
+            found = "no tokenizer here" if self.folder.is_dir() else "there is no such folder"
+            raise UserError(f"{folder}: {found}; expected {MODEL} or {JSON}; copy it from the model")
         tables = {name: read_json(paths[name]) for name in self._files if name != MODEL}
         for name in (name for name, table in tables.items() if not isinstance(table, dict)):
             raise UserError(f"{paths[name]}: not an object of fields with values; copy it again")

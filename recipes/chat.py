@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from phoenix import chat
-from phoenix.config import option, run_recipe
+from phoenix.config import check_bounds, option, run_recipe
 from phoenix.files import UserError
 from phoenix.generation import generate
 from phoenix.model.mistral import Mistral
@@ -28,16 +28,19 @@ class ChatConfig:
     model_name_or_path: Path = option("folder of the model", default=Path("runs/quickstart/sft/model"))
     chat_template: str | None = option("its name; none: the one that the model's folder states", default=None)
     system: str | None = option("a system message before the conversation", default=None)
-    max_new_tokens: int = option("tokens of a reply at most", default=384)
-    temperature: float = option("0 is greedy", default=0.7)
-    top_p: float = option("sample from the most probable tokens that sum to this", default=0.9)
-    top_k: int = option("sample from so many tokens at most, 0 for all", default=0)
+    max_new_tokens: int = option("tokens of a reply at most", 384, bounds="above 0")
+    temperature: float = option("0 is greedy", 0.7, bounds="of at least 0")
+    top_p: float = option(
+        "sample from the most probable tokens that sum to this", 0.9, bounds="above 0, at most 1"
+    )
+    top_k: int = option("sample from so many tokens at most, 0 for all", 0, bounds="of at least 0")
     seed: int = option("of the sampling", default=0)
     dtype: str = option("of weights and computation", "auto", ("auto", "bfloat16", "float32"))
 
 
 def main(config: ChatConfig) -> None:
     """Read lines from stdin, print replies to stdout.  Raises UserError."""
+    check_bounds(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = Tokenizer.from_pretrained(config.model_name_or_path)
     if config.chat_template or tokenizer.chat_template is None:
@@ -68,10 +71,15 @@ def main(config: ChatConfig) -> None:
                     seed=config.seed + turn,
                 )  # fmt: skip
             except ValueError as error:
-                raise UserError(f"the conversation has become too long ({error}); start again") from None
-            print(reply, flush=True)
+                raise UserError(f"no reply to this: {error}; start again, or lower max_new_tokens") from None
+            print(printable(reply), flush=True)
             messages.append({"role": "assistant", "content": reply or " "})
             turn += 1
+
+
+def printable(text: str) -> str:
+    """The text without what would steer a terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
 if __name__ == "__main__":

@@ -125,7 +125,8 @@ def check(config: PrepareConfig) -> None:
 def closed(writer: StoreWriter, counts: Counter) -> dict[str, Any]:
     if not writer.rows:
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "the input has none"
-        raise UserError(f"no row is left for the split {writer.split!r}: {reasons}; look at these filters")
+        do = "change eval_fraction (0: none held out)" if counts["kept"] else "look at these filters"
+        raise UserError(f"no row is left for the split {writer.split!r}: {reasons}; {do}")
     return writer.close()
 
 

@@ -21,7 +21,7 @@ import sft
 import torch
 
 from phoenix import chat, report
-from phoenix.config import load_config, option, run_recipe
+from phoenix.config import check_bounds, load_config, option, run_recipe
 from phoenix.data import language
 from phoenix.data.formats import Conversation, read_rows, to_row
 from phoenix.eval.scoring import bits_per_byte
@@ -45,16 +45,17 @@ class QuickstartConfig:
     sft_config: Path = option("config of recipes/sft.py", default=sft.QUICKSTART)
     held_out: Path = option("prompts with answers to measure on", Path("recipes/sample/held_out.jsonl"))
     max_steps: int | None = option("end the training after this many steps", default=None)
-    prompts: int = option("measure on so many held-out prompts of both languages; 0: on all", default=0)
-    max_new_tokens: int = option("tokens of a reply at most; reference answers have about 300", default=512)
-    temperature: float = option("0: always the most probable token", default=0.8)
-    top_p: float = option("draw from the most probable tokens that reach this probability", default=0.9)
+    prompts: int = option("measure on so many held-out prompts; 0: on all", 0, bounds="of at least 0")
+    max_new_tokens: int = option("tokens of a reply; references have about 300", 512, bounds="above 0")
+    temperature: float = option("0: always the most probable token", 0.8, bounds="of at least 0")
+    top_p: float = option("draw from the most probable tokens up to this", 0.9, bounds="above 0, at most 1")
     seed: int = option("of the drawing", default=0)
     dtype: str = option("of the measurement", "auto", ("auto", "bfloat16", "float32"))
 
 
 def main(config: QuickstartConfig) -> Path:
     """Run what is not finished, print the figures; returns the path of the report.  Raises UserError."""
+    check_bounds(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for dtype in (torch.float32, torch.bfloat16):
         say(f"2048^3 matrix product, {dtype}: {measure_gemm(device, dtype) / 1e9:,.0f} GFLOP/s on {device}")
