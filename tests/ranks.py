@@ -5,6 +5,7 @@
 Such a function stands at the top level of its test file; what it returns travels by pickle.
 """
 
+import contextlib
 import multiprocessing
 import os
 import traceback
@@ -15,41 +16,52 @@ from pathlib import Path
 import pytest
 
 WORLD_SIZE = 2
-PATIENCE = 120  # seconds after which a rank that does not answer is taken for hung
+PATIENCE = 300  # seconds after which a rank that does not answer is taken for hung
 
 
 @pytest.fixture(scope="session")
 def two_ranks(tmp_path_factory) -> Iterator[Callable]:
     """function, *args -> the results of both ranks; AssertionError with the traceback of one that failed."""
-    context = multiprocessing.get_context("spawn")
-    store = tmp_path_factory.mktemp("ranks") / "store"
-    ranks = []
-    for rank in range(WORLD_SIZE):
-        here, there = context.Pipe()
-        process = context.Process(target=_serve, args=(rank, store, there), daemon=True)
-        process.start()
-        ranks.append((process, here))
-    assert all(pipe.poll(PATIENCE) and pipe.recv() == "ready" for _, pipe in ranks)
+    context, ranks = multiprocessing.get_context("spawn"), []
+
+    def stop() -> None:
+        while ranks:
+            process, _ = ranks.pop()
+            process.kill()  # leaving the group in good order takes seconds, and nothing is left to save
+            process.join()
+
+    def answer(rank: int) -> object:
+        _, pipe = ranks[rank]
+        if pipe.poll(PATIENCE):
+            with contextlib.suppress(EOFError):
+                return pipe.recv()
+        stop()  # the next test starts new ones
+        raise AssertionError(f"rank {rank} is dead or hangs")
+
+    def start() -> None:
+        store = tmp_path_factory.mktemp("ranks") / "store"
+        for rank in range(WORLD_SIZE):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, store, there), daemon=True)
+            process.start()
+            there.close()  # so that a rank's death ends the wait for it
+            ranks.append((process, here))
+        for rank in range(WORLD_SIZE):
+            answer(rank)
 
     def run(function: Callable, *args) -> list:
+        if not ranks:
+            start()
         for _, pipe in ranks:
             pipe.send((function, args))
-        answers = []
-        for process, pipe in ranks:
-            if not pipe.poll(PATIENCE):
-                for other, _ in ranks:
-                    other.kill()
-                raise AssertionError(f"rank {len(answers)} hangs")
-            assert process.is_alive() or pipe.poll(), f"rank {len(answers)} is dead"
-            answers.append(pipe.recv())
+        answers = [answer(rank) for rank in range(WORLD_SIZE)]
         for error, _ in answers:
             assert not error, error
         return [result for _, result in answers]
 
+    start()
     yield run
-    for process, _ in ranks:
-        process.kill()  # leaving the group in good order takes seconds, and nothing is left to save
-        process.join()
+    stop()
 
 
 def _serve(rank: int, store: Path, pipe) -> None:
