@@ -284,12 +284,13 @@ def say(text: str) -> None:
 
 
 EXPECT = (
-    "A model of 135 million parameters learns from this sample to answer in German, in the tone and "
-    "form that is asked for (a letter, a list, a table), and to end its answer. It does not learn "
-    "facts, arithmetic or working code: expect fluent sentences with invented content, wrong sums and "
-    "grammatical slips. Language identification says little about that, since the base model's echoes "
-    "and loops count as German too: read the replies, and trust the bits per byte on answers that it "
-    "has not seen. A larger model and more data change this; the steps stay the same."
+    "A model of 135 million parameters learns from this sample to answer in German, in the tone and form "
+    "that is asked for (a letter, a list, a summary), to stay in English where it is asked in English, and "
+    "to end its answer. It does not learn the language itself, nor facts, arithmetic or working code: expect "
+    "German words in German order with wrong endings, invented words and little sense. Language "
+    "identification says little about that, since the base model's echoes and loops count as German too: "
+    "read the replies, and trust the bits per byte on answers that it has not seen. A larger model and more "
+    "data change this; the steps stay the same."
 )
 FIGURES = {
     "bits_per_byte_de": "bits per byte, German reference answers",
