@@ -72,9 +72,8 @@ def _finish(temporary: Path, path: Path, manifest: dict[str, Any]) -> None:
 def find_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints of a run, oldest first: those that have a manifest."""
     names = folder.glob("step_*") if folder.is_dir() else []
-    return sorted(
-        path for path in names if re.fullmatch(r"step_\d+", path.name) and (path / MANIFEST).is_file()
-    )
+    whole = [path for path in names if re.fullmatch(r"step_\d+", path.name) and (path / MANIFEST).is_file()]
+    return sorted(whole, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def prune_checkpoints(folder: Path, save_total_limit: int) -> None:
@@ -94,7 +93,6 @@ def load_checkpoint(
     problem, state = world.broadcast(_verify(path, expected, _shapes(model)) if world.is_main else None)
     if problem:
         raise UserError(problem)
-    _init_optimizer(optimizer, state["optimizer_step"])
     tensors = _tensors(model, optimizer)
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -103,6 +101,8 @@ def load_checkpoint(
             )
     except (OSError, RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
         raise UserError(f"{path}: cannot be read ({_reason(error)}); choose another output_dir") from None
+    for parameter_state in optimizer.state.values():
+        parameter_state["step"].fill_(state["optimizer_step"])
     return state
 
 
@@ -154,20 +154,3 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
 
 def _optimizer_step(optimizer: torch.optim.Optimizer) -> float:
     return next((float(state["step"]) for state in optimizer.state.values()), 0.0)
-
-
-def _init_optimizer(optimizer: torch.optim.Optimizer, step: float) -> None:
-    """Empty state as the first step would make it, so that a checkpoint can be read into it."""
-    if step == 0:
-        return
-    names = ("exp_avg", "exp_avg_sq") if isinstance(optimizer, torch.optim.AdamW) else ("square_avg",)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            device = parameter.device if group.get("fused") else "cpu"
-            values = {
-                name: torch.zeros_like(parameter, memory_format=torch.preserve_format) for name in names
-            }
-            optimizer.state[parameter] = {
-                "step": torch.tensor(step, dtype=torch.float32, device=device),
-                **values,
-            }

@@ -20,14 +20,21 @@ def build_optimizer(
     """AdamW or RMSprop over a model's parameters; matrices decay, norms do not (there are no biases).
 
     optim: a name in OPTIMIZERS.  The defaults are those of transformers, hence of the alignment-handbook.
-    RMSprop has alpha 0.99, no momentum and no use for `betas`, as the handbook's DPO ran it.
+    RMSprop has alpha 0.99, no momentum and no use for `betas`, as the handbook's DPO ran it.  The state is
+    made here and not in the first step: a trial of the memory sees it, and a checkpoint can be read into it.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return OPTIMIZERS[optim](groups, learning_rate, betas, eps)
+    optimizer = OPTIMIZERS[optim](groups, learning_rate, betas, eps)
+    names = ("exp_avg", "exp_avg_sq") if optim == "adamw" else ("square_avg",)
+    for parameter in parameters:
+        state = {name: torch.zeros_like(parameter, memory_format=torch.preserve_format) for name in names}
+        device = parameter.device if optim == "adamw" else "cpu"  # where the fused step wants its counter
+        optimizer.state[parameter] = {"step": torch.zeros((), dtype=torch.float32, device=device), **state}
+    return optimizer
 
 
 def _adamw(

@@ -120,3 +120,18 @@ def test_defaults_are_those_of_transformers():
     group = build_optimizer(tiny_model(), "adamw", learning_rate=1e-3).param_groups[0]
     assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.999), 1e-8, 0.0)
     assert math.isclose(learning_rate_factor("cosine", 0, 10), 1.0)
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_the_state_is_there_before_the_first_step(optim):
+    def shapes(optimizer: torch.optim.Optimizer) -> list:
+        return [{k: (v.shape, v.dtype) for k, v in state.items()} for state in optimizer.state.values()]
+
+    model = tiny_model()
+    optimizer = build_optimizer(model, optim, learning_rate=1e-3)
+    before = shapes(optimizer)
+    assert len(before) == len(list(model.parameters()))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert shapes(optimizer) == before
