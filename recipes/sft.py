@@ -31,7 +31,7 @@ from phoenix.tokenizer import Tokenizer
 from phoenix.train import checkpoint, distributed, metrics
 from phoenix.train.distributed import World
 from phoenix.train.optim import OPTIMIZERS, SCHEDULES, build_optimizer, learning_rate_factor
-from phoenix.train.run import model_card, run_folder
+from phoenix.train.run import model_card, record_start, run_folder
 
 CONFIGS = Path(__file__).parent / "configs"
 QUICKSTART = CONFIGS / "smollm2_de.toml"
@@ -88,8 +88,8 @@ class Run(NamedTuple):
 def main(config: SFTConfig) -> Path:
     """Train; returns the folder of the trained model.  Raises UserError, or Interrupted after a signal."""
     check(config)
-    with distributed.start_world() as world, run_folder(config.output_dir, config, world):
-        make_missing(config, world)
+    with distributed.start_world() as world, run_folder(config.output_dir, world):
+        world.on_main(lambda: make_missing(config, world))
         model_config = read_config(config.model_name_or_path)
         tokenizer = Tokenizer.from_pretrained(config.model_name_or_path)
         if tokenizer.vocab_size > model_config.vocab_size:
@@ -126,6 +126,7 @@ def main(config: SFTConfig) -> Path:
         if saved := checkpoint.find_checkpoints(checkpoints):
             state = checkpoint.load_checkpoint(saved[-1], model, optimizer, world, identity(config, store))
             world.say(f"going on at step {state['step']} from {saved[-1]}")
+        record_start(config.output_dir, config, world)
         views = {"report_to": config.report_to, "write": world.is_main}
         log = metrics.MetricsLog(config.output_dir, step=state["step"] if saved else -1, **views)
         distributed.try_memory(model, loader.largest_micro_batch(), world)
@@ -217,14 +218,13 @@ def check(config: SFTConfig) -> None:
 def make_missing(config: SFTConfig, world: World) -> None:
     """The base model and the store of the quickstart are made here if they are what is missing."""
     base = import_gguf.BASE_MODEL
-    if world.is_main and config.model_name_or_path == base and not base.exists():
+    if config.model_name_or_path == base and not base.exists():
         world.say(f"{base} is missing: importing it")
         import_gguf.main(import_gguf.ImportConfig())
     preparation = load_config(prepare.PrepareConfig, [], prepare.QUICKSTART)
-    if world.is_main and config.store == preparation.output and not config.store.exists():
+    if config.store == preparation.output and not config.store.exists():
         world.say(f"{config.store} is missing: preparing it from the shipped sample")
         prepare.main(preparation)
-    world.barrier()
 
 
 def identity(config: SFTConfig, store: TokenStore) -> dict:
@@ -270,7 +270,10 @@ def evaluate(
         log.log(step, **values)
         world.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
     prompts = [[{"role": "user", "content": prompt}] for prompt in config.sample_prompts]
-    replies = generate(model, tokenizer, prompts, max_new_tokens=config.sample_max_new_tokens)
+    try:
+        replies = generate(model, tokenizer, prompts, max_new_tokens=config.sample_max_new_tokens)
+    except ValueError as error:  # too long, or a character that the vocabulary cannot express
+        raise UserError(f"sample_prompts: {error}; change them, or sample_max_new_tokens") from None
     rows = [{"step": step, "prompt": p, "reply": r} for p, r in zip(config.sample_prompts, replies)]
     metrics.write_samples(config.output_dir / "samples.jsonl", step, rows, write=world.is_main)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -61,6 +61,17 @@ class World:
             dist.broadcast_object_list(values, src=0)
         return values[0]
 
+    def on_main(self, work: Callable[[], object]) -> None:
+        """Do it on rank 0 while the others wait; its UserError is raised on all ranks alike."""
+        problem = ""
+        if self.is_main:
+            try:
+                work()
+            except UserError as error:
+                problem = str(error)
+        if problem := self.broadcast(problem):
+            raise UserError(str(problem))
+
     def gather(self, value: object) -> list:
         """The values of all ranks, on every rank."""
         values = [value]
@@ -84,6 +95,11 @@ def start_world() -> Iterator[World]:
     """
     world = World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     if torch.cuda.is_available():
+        processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if processes > gpus:
+            raise UserError(
+                f"{processes} processes, but this machine has {gpus} GPUs; lower --nproc-per-node"
+            )
         world.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(world.device)
     makes_group = world.world_size > 1 and not dist.is_initialized()

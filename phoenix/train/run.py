@@ -24,24 +24,25 @@ DONE, FAILED, USER_ERROR, STOPPED = 0, 1, 2, 75
 
 
 @contextlib.contextmanager
-def run_folder(folder: Path, config: Any, world: World) -> Iterator[None]:
-    """Write config.toml and environment.json at the start, and status.json (code and words) at the end.
+def run_folder(folder: Path, world: World) -> Iterator[None]:
+    """Hold the folder against other processes, and write status.json (code and words) at the end.
 
     Raises UserError, on all ranks alike, if the folder cannot be written or another process trains in it.
     """
     with contextlib.ExitStack() as stack:
-        problem = ""
-        if world.is_main:
-            try:
-                stack.callback(os.close, _lock(folder))
-                save_config(folder / "config.toml", config)
-                write_json(folder / "environment.json", environment(world))
-            except UserError as error:
-                problem = str(error)
-        if problem := world.broadcast(problem):
-            raise UserError(problem)
+        world.on_main(lambda: stack.callback(os.close, _lock(folder)))
         with _status(folder, world):
             yield
+
+
+def record_start(folder: Path, config: Any, world: World) -> None:
+    """Write config.toml and environment.json, once the folder's run is known to be this one."""
+
+    def write() -> None:
+        save_config(folder / "config.toml", config)
+        write_json(folder / "environment.json", environment(world))
+
+    world.on_main(write)
 
 
 @contextlib.contextmanager

@@ -600,6 +600,10 @@ BAD_INPUTS = {
         lambda i, f: {"micro_batch_tokens": 127},
         "micro_batch_tokens is 127, below max_length 128: no row would fit; raise it",
     ),
+    "long samples": (
+        lambda i, f: {"sample_max_new_tokens": 512, "sample_prompts": ("Hallo",)},
+        "sample_prompts: prompt 0 has .* tokens; .*; change them, or sample_max_new_tokens",
+    ),
     "other tracker": (
         lambda i, f: {"report_to": ("tensorbord",)},
         "report_to holds 'tensorbord'; expected some of",
@@ -670,6 +674,8 @@ def test_a_checkpoint_of_another_run_is_refused(inputs, stopped, tmp_path, case)
     with pytest.raises(UserError, match=sentence):
         sft.main(inputs.config(tmp_path / "run", **changes(inputs, tmp_path)))
     assert status(tmp_path / "run")[0] == 2
+    for name in ("config.toml", "metrics.jsonl"):  # still those of the run that stands there
+        assert (tmp_path / "run" / name).read_bytes() == (stopped / name).read_bytes()
 
 
 @pytest.mark.parametrize(

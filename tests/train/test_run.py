@@ -11,7 +11,7 @@ import phoenix
 from phoenix.config import load_config, option
 from phoenix.files import Interrupted, UserError
 from phoenix.train.distributed import World
-from phoenix.train.run import environment, is_done, model_card, run_folder
+from phoenix.train.run import environment, is_done, model_card, record_start, run_folder
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def status(folder: Path) -> dict:
 def test_the_status_says_how_a_run_ended(tmp_path, error, code, words):
     folder = tmp_path / "run"
     try:
-        with run_folder(folder, Settings(folder), World()):
+        with run_folder(folder, World()):
             assert status(folder)["code"] == 1 and "killed" in status(folder)["status"]
             assert not is_done(folder)
             if error is not None:
@@ -58,14 +58,14 @@ def test_a_folder_without_a_status_is_not_done(tmp_path):
 
 def test_the_config_is_one_that_can_be_run_again(tmp_path):
     config = Settings(tmp_path, learning_rate=3e-5)
-    with run_folder(tmp_path, config, World()):
-        pass
+    with run_folder(tmp_path, World()):
+        record_start(tmp_path, config, World())
     assert load_config(Settings, [str(tmp_path / "config.toml")]) == config
 
 
 def test_the_environment_names_versions_and_device(tmp_path):
-    with run_folder(tmp_path, Settings(tmp_path), World()):
-        pass
+    with run_folder(tmp_path, World()):
+        record_start(tmp_path, Settings(tmp_path), World())
     written = json.loads((tmp_path / "environment.json").read_text())
     assert written == json.loads(json.dumps(environment(World())))
     assert written["phoenix"] == phoenix.__version__ and written["packages"]["torch"] == torch.__version__
@@ -75,8 +75,8 @@ def test_the_environment_names_versions_and_device(tmp_path):
 def run_on_ranks(world: World, folder: Path) -> str:
     here = folder if world.is_main else folder / "other"
     try:
-        with run_folder(here, Settings(here), world):
-            pass
+        with run_folder(here, world):
+            record_start(here, Settings(here), world)
     except UserError as error:
         return str(error)
     return ""
@@ -94,20 +94,22 @@ def test_a_run_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "run").write_text("mine")
     with (
         pytest.raises(UserError, match="cannot write"),
-        run_folder(tmp_path / "run", Settings(tmp_path), World()),
+        run_folder(tmp_path / "run", World()),
     ):
         pass
     assert (tmp_path / "run").read_text() == "mine"
 
 
 def test_a_second_process_on_one_folder_is_refused(tmp_path):
-    with run_folder(tmp_path, Settings(tmp_path), World()):
+    with run_folder(tmp_path, World()):
         before = {file: file.read_bytes() for file in tmp_path.iterdir()}
-        second = run_folder(tmp_path, Settings(tmp_path, learning_rate=1.0), World())
-        with pytest.raises(UserError, match="another process trains in this folder"), second:
+        with (
+            pytest.raises(UserError, match="another process trains in this folder"),
+            run_folder(tmp_path, World()),
+        ):
             pass
         assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
-    with run_folder(tmp_path, Settings(tmp_path), World()):
+    with run_folder(tmp_path, World()):
         pass  # the first has ended
     assert status(tmp_path)["code"] == 0
 
