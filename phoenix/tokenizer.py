@@ -22,6 +22,7 @@ import tokenizers
 
 from phoenix.files import UserError, atomic_write, read_json, write_json
 
+MAX_ID = 2**24  # vocabularies end below 300,000; a file must not ask for any amount of memory
 SPACE = "▁"  # sentencepiece's sign for a space
 MODEL, JSON, CONFIG = "tokenizer.model", "tokenizer.json", "tokenizer_config.json"
 ADDED, MAP = "added_tokens.json", "special_tokens_map.json"
@@ -213,10 +214,16 @@ class Tokenizer:
 
     def _add_tokens(self, tables: dict[str, dict], names: dict[str, str | None]) -> None:
         """Add the tokens that the folder's JSON files state, beyond the library's vocabulary or within it."""
-        added = {entry["id"]: entry["content"] for entry in tables.get(JSON, {}).get("added_tokens", [])}
-        added |= {i: content for content, i in tables.get(ADDED, {}).items()}
-        listed = self._config.get("added_tokens_decoder", {})
-        added |= {int(i): _text(entry) for i, entry in listed.items()}
+        try:
+            added = {entry["id"]: entry["content"] for entry in tables.get(JSON, {}).get("added_tokens", [])}
+            added |= {i: content for content, i in tables.get(ADDED, {}).items()}
+            listed = self._config.get("added_tokens_decoder", {})
+            added |= {int(i): _text(entry) for i, entry in listed.items()}
+            if not all(0 <= i < MAX_ID and isinstance(content, str) for i, content in added.items()):
+                raise ValueError(f"ids are numbers from 0 to {MAX_ID - 1}, contents are text")
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            found = f"the added tokens are damaged ({error!r})"
+            raise UserError(f"{self.folder}: {found}; copy the tokenizer files again") from None
         missing = max([len(self._pieces) - 1, *added]) + 1 - len(self._pieces)
         self._pieces, self._texts = self._pieces + [""] * missing, self._texts + [b""] * missing
         for i, content in added.items():

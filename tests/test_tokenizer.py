@@ -280,6 +280,26 @@ def test_files_of_different_tokenizers_are_refused(sp_tokenizer_folder, tmp_path
         load(folder)
 
 
+@pytest.mark.parametrize("values", [
+    {"added_tokens_decoder": [1]}, {"added_tokens_decoder": {"a": {"content": "x"}}},
+    {"added_tokens_decoder": {"999999999999": {"content": "x"}}},
+    {"added_tokens_decoder": {"-1": {"content": "x"}}}, {"added_tokens_decoder": {"600": {}}},
+])  # fmt: skip
+def test_damaged_added_tokens_are_refused(folder, tmp_path, values):
+    copied = copy(folder, tmp_path / "damaged")
+    edit(copied, "tokenizer_config.json", **values)
+    with pytest.raises(UserError, match="the added tokens are damaged"):
+        load(copied)
+
+
+@pytest.mark.parametrize("entry", [{"content": "x"}, {"id": "600", "content": "x"}, {"id": 600}, 7])
+def test_damaged_added_tokens_of_the_library_are_refused(bpe_tokenizer_folder, tmp_path, entry):
+    copied = copy(bpe_tokenizer_folder, tmp_path / "damaged")
+    edit(copied, "tokenizer.json", added_tokens=[entry])
+    with pytest.raises(UserError, match="the added tokens are damaged"):
+        load(copied)
+
+
 def test_an_id_outside_the_vocabulary(folder):
     tokenizer = load(folder)
     for bad in (-1, tokenizer.vocab_size):
