@@ -231,6 +231,7 @@ def main() -> int:
             report[group] = sides
             for side, values in sides.items():
                 print(group, side, json.dumps(values), flush=True)
+            write_json(options.output, report)  # what is measured stays, should the next group be stopped
     ours, theirs = (report["fp32"][side]["first_loss"] for side in ("phoenix", "transformers"))
     report["losses_equal"] = abs(ours - theirs) <= 1e-4 * abs(theirs)
     report["quiet"] = all(side["spread"] <= MAX_SPREAD for group in GROUPS for side in report[group].values())
