@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,19 +20,13 @@ class KVCache:
     """
 
     def __init__(
-        self,
-        config: MistralConfig,
-        num_slots: int,
-        room: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device | str,
+        self, config: MistralConfig, num_slots: int, room: int, *, dtype: torch.dtype, device: Any
     ) -> None:
         shape = (num_slots * room, config.num_key_value_heads, config.head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
-        self.values = [
-            torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)
-        ]
+        self.keys, self.values = (
+            [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+            for _ in range(2)
+        )
         self.lengths = torch.zeros(num_slots, dtype=torch.int64)
         self.room = room
         self.device = torch.device(device)

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 def read(table: dict[str, Any], where: str) -> dict[str, Any]:
     """Arguments of MistralConfig.  UserError names file and key of what is missing, wrong or unsupported."""
-    from phoenix.model.mistral import MistralConfig
-
     if not isinstance(table, dict):
         raise UserError(f"{where}: holds a {type(table).__name__}; expected an object with the model's shape")
     model_type = table.get("model_type")
@@ -37,15 +35,13 @@ def read(table: dict[str, Any], where: str) -> dict[str, Any]:
     values["rope_theta"], values["rope_scaling"] = _rope(table, where)
     values["tie_word_embeddings"] = table.get("tie_word_embeddings", False)
     if not isinstance(values["tie_word_embeddings"], bool):
-        raise UserError(
-            f"{where}: tie_word_embeddings is {table['tie_word_embeddings']!r}; expected true or false"
-        )
+        found = values["tie_word_embeddings"]
+        raise UserError(f"{where}: tie_word_embeddings is {found!r}; expected true or false")
     for key, default in (("bos_token_id", 1), ("eos_token_id", 2)):
         token = table.get(key, default)
         values[key] = (token[0] if token else None) if isinstance(token, list) else token
         if values[key] is not None and not _whole(values[key]):
             raise UserError(f"{where}: {key} is {token!r}; expected a token id, a list of them, or null")
-    assert set(values) == {field.name for field in dataclasses.fields(MistralConfig)}
     return values
 
 
@@ -76,18 +72,15 @@ def _check_numbers(values: dict[str, Any], where: str) -> None:
     for key in _NUMBERS:
         if not _positive(values[key]):
             raise UserError(f"{where}: {key} is {values[key]!r}; expected a number above 0")
-    heads, groups, hidden = (
-        values[key] for key in ("num_attention_heads", "num_key_value_heads", "hidden_size")
-    )
+    heads, groups, hidden = map(values.get, ("num_attention_heads", "num_key_value_heads", "hidden_size"))
     if values["head_dim"] is None and hidden % heads == 0:
         values["head_dim"] = hidden // heads
     if not _whole(values["head_dim"]) or values["head_dim"] < 1 or values["head_dim"] % 2:
         found = f"head_dim is {values['head_dim']!r} for hidden_size {hidden} and {heads} heads"
         raise UserError(f"{where}: {found}; expected an even number")
     if heads % groups:
-        raise UserError(
-            f"{where}: num_attention_heads {heads} is no multiple of num_key_value_heads {groups}; correct it"
-        )
+        found = f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}"
+        raise UserError(f"{where}: {found}; correct it")
 
 
 def _whole(value: Any) -> bool:
@@ -142,9 +135,7 @@ def _rope(table: dict[str, Any], where: str) -> tuple[float, Any]:
         return float(theta), None
     scaling = Llama3Scaling(**{name: rope[name] for name in names})
     if scaling.high_freq_factor <= scaling.low_freq_factor:
-        raise UserError(
-            f"{where}: high_freq_factor of the rope scaling must be above low_freq_factor; correct it"
-        )
+        raise UserError(f"{where}: high_freq_factor of the rope scaling must be above low_freq_factor")
     return float(theta), scaling
 
 
@@ -157,7 +148,7 @@ def _refuse_unsupported(table: dict[str, Any], where: str) -> None:
     for key, value in table.items():
         if key not in known and not key.startswith("_") and value not in (None, False, 0, "", [], {}):
             raise UserError(
-                f"{where}: {key!r} is not supported, and might change the result; remove it if it does not"
+                f"{where}: {key!r} is not supported, and might change the result; remove it if not"
             )
     kind = "full_attention" if _window(table, where) is None else "sliding_attention"
     layers = table.get("layer_types") or [kind]

@@ -78,9 +78,7 @@ def _config(fields: dict[str, Any], tensors: dict[str, Any], path: Path) -> Mist
     except KeyError as error:
         raise UserError(f"{path}: lacks the field or tensor {error}; expected a whole llama model") from None
     except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise UserError(
-            f"{path}: a field of its shape is no number ({error}); expected a llama model"
-        ) from None
+        raise UserError(f"{path}: a size is no number ({error}); expected a llama model") from None
     scaling = fields.get("llama.rope.scaling.type", "none")
     rotated = fields.get("llama.rope.dimension_count", table["head_dim"])
     if scaling != "none" or rotated != table["head_dim"]:
@@ -113,10 +111,8 @@ def _tensor(gguf: Any, tensors: dict[str, Any], name: str, config: MistralConfig
     except NotImplementedError:
         kind = entry.tensor_type.name
         raise UserError(f"{path}: {source} is stored as {kind}, which the gguf package cannot undo") from None
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(
-        name.split(".")[-2]
-    )
-    if heads:
+    rotated = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    if heads := rotated.get(name.split(".")[-2]):
         tensor = tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
     return tensor
 
@@ -125,9 +121,8 @@ def _tokenizer_files(fields: dict[str, Any], path: Path) -> dict[str, str]:
     """tokenizer.json and tokenizer_config.json as text."""
     kind, pieces = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.tokens")
     if kind not in _TOKENIZERS or not pieces:
-        raise UserError(
-            f"{path}: the tokenizer is of the kind {kind!r}; expected one of {', '.join(_TOKENIZERS)}"
-        )
+        found = f"the tokenizer is of the kind {kind!r} with {len(pieces or ())} pieces"
+        raise UserError(f"{path}: {found}; expected one of {', '.join(_TOKENIZERS)}")
     types = _types(fields, pieces)
     added = [
         {"id": i, "content": piece, "special": types[i] == _CONTROL, "normalized": False,
@@ -159,20 +154,14 @@ def _byte_level(fields: dict[str, Any], pieces: list[str], path: Path) -> dict[s
     """Byte-level BPE, its text cut as `tokenizer.ggml.pre` names it."""
     pre = fields.get("tokenizer.ggml.pre")
     if pre not in _CUTS:
-        raise UserError(
-            f"{path}: cuts text as {pre!r}, which is not known; expected one of {', '.join(_CUTS)}"
-        )
-    byte_level = {
-        "type": "ByteLevel",
-        "add_prefix_space": False,
-        "trim_offsets": True,
-        "use_regex": pre != "llama-bpe",  # which has a pattern of its own
-    }
+        raise UserError(f"{path}: cuts text as {pre!r}; expected one of {', '.join(_CUTS)}")
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    cut = {**byte_level, "use_regex": pre != "llama-bpe"}  # which has a pattern of its own
     return {
         "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*_CUTS[pre], byte_level]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*_CUTS[pre], cut]},
         "post_processor": None,
-        "decoder": {**byte_level, "use_regex": True},
+        "decoder": byte_level,
         "model": {
             "type": "BPE",
             "ignore_merges": pre == "llama-bpe",

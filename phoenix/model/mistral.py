@@ -28,6 +28,7 @@ from phoenix.kernels.linear_logps import LabelStats, linear_logps
 from phoenix.kernels.rms_norm import rms_norm
 from phoenix.kernels.rope import rope
 from phoenix.kernels.swiglu import swiglu
+from phoenix.model import config_json
 from phoenix.model.layout import AttentionLayout, PackedBatch
 
 if TYPE_CHECKING:
@@ -69,15 +70,11 @@ class MistralConfig:
     @classmethod
     def from_dict(cls, table: dict[str, Any], where: str = "config.json") -> MistralConfig:
         """From a config.json, old or new rope keys.  UserError names what is missing or unsupported."""
-        from phoenix.model.config_json import read
-
-        return cls(**read(table, where))
+        return cls(**config_json.read(table, where))
 
     def to_dict(self) -> dict[str, Any]:
         """A config.json that transformers 4 and 5, vLLM and llama.cpp read."""
-        from phoenix.model.config_json import write
-
-        return write(self)
+        return config_json.write(self)
 
     def num_parameters(self) -> tuple[int, int]:
         """All parameters, and those that stand in matrix products (without the input embedding)."""
@@ -210,10 +207,7 @@ class Attention(nn.Module):
     def __init__(self, config: MistralConfig, index: int, **made: Any) -> None:
         super().__init__()
         self.index, self.head_dim, self.window = index, config.head_dim, config.sliding_window
-        heads, groups = (
-            config.num_attention_heads * config.head_dim,
-            config.num_key_value_heads * config.head_dim,
-        )
+        heads, groups = (n * self.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
         self.q_proj = Linear(config.hidden_size, heads, **made)
         self.k_proj = Linear(config.hidden_size, groups, **made)
         self.v_proj = Linear(config.hidden_size, groups, **made)

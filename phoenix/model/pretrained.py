@@ -103,45 +103,34 @@ def open_tensors(folder: Path) -> Iterator[dict[str, Any]]:
             names = set(file.keys())
             if expected is not None and expected - names:
                 lost = sorted(expected - names)[0]
-                raise UserError(
-                    f"{path}: lacks the tensor {lost!r} that {INDEX} places there; copy the folder again"
-                )
+                raise UserError(f"{path}: lacks the tensor {lost!r} that {INDEX} places there; copy it again")
             for name in names:
                 if name in tensors:
-                    raise UserError(
-                        f"{path}: the tensor {name!r} stands in another file too; remove one of them"
-                    )
+                    raise UserError(f"{path}: the tensor {name!r} stands in another file too; remove one")
                 tensors[name] = file.get_slice(name)
         yield tensors
 
 
 def _shards(folder: Path) -> dict[Path, set[str] | None]:
     """Each weight file of a folder, with the names that the index places in it (None: no index)."""
-    if (folder / INDEX).exists():
-        index = read_json(folder / INDEX, "index of the safetensors files")
+    where = folder / INDEX
+    if where.exists():
+        index = read_json(where, "index of the safetensors files")
         weight_map = index.get("weight_map") if isinstance(index, dict) else None
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise UserError(
-                f"{folder / INDEX}: has no 'weight_map' of tensor names to file names; copy it again"
-            )
+            raise UserError(f"{where}: has no 'weight_map' of tensor names to file names; copy it again")
         shards: dict[Path, set[str] | None] = {}
         for tensor, name in weight_map.items():
             shards.setdefault(inside(folder, name), set()).add(tensor)  # type: ignore[union-attr]
         for path in shards:
             if not path.is_file():
-                raise UserError(
-                    f"{folder / INDEX}: names {path.name!r}, which is not in the folder; copy it again"
-                )
+                raise UserError(f"{where}: names {path.name!r}, which is not in the folder; copy it again")
         return shards
     if (folder / SINGLE).is_file():
         return {folder / SINGLE: None}
-    pickles = sorted(path.name for path in folder.glob("*.bin")) + sorted(
-        path.name for path in folder.glob("*.pt*")
-    )
+    pickles = [path.name for end in ("*.bin", "*.pt*") for path in sorted(folder.glob(end))]
     found = f"only {pickles[0]}, a pickle, which is never opened" if pickles else "no weights"
-    raise UserError(
-        f"{folder}: holds {found}; expected {SINGLE} or {INDEX}; convert the weights to safetensors"
-    )
+    raise UserError(f"{folder}: holds {found}; expected {SINGLE} or {INDEX}; convert the weights")
 
 
 def _check(
@@ -150,9 +139,7 @@ def _check(
     if config.tie_word_embeddings and "lm_head.weight" in tensors and "model.embed_tokens.weight" in tensors:
         # Some checkpoints hold a tied head a second time.
         if not torch.equal(tensors["lm_head.weight"][:], tensors["model.embed_tokens.weight"][:]):
-            raise UserError(
-                f"{folder}: config.json ties head and embedding, but the two differ; correct config.json"
-            )
+            raise UserError(f"{folder}: config.json ties head and embedding, but the two differ; untie them")
         del tensors["lm_head.weight"]
     missing, extra = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
     extra = [name for name in extra if not name.endswith("rotary_emb.inv_freq")]
@@ -164,15 +151,11 @@ def _check(
             )
     for name, parameter in parameters.items():
         shape, dtype = tensors[name].get_shape(), tensors[name].get_dtype()
-        if list(shape) != list(parameter.shape):
-            wanted = list(parameter.shape)
-            raise UserError(
-                f"{folder}: {name} has shape {list(shape)}; expected {wanted} as config.json says"
-            )
+        where, wanted = f"{folder}: {name}", list(parameter.shape)
+        if list(shape) != wanted:
+            raise UserError(f"{where} has shape {list(shape)}; expected {wanted} as config.json says")
         if dtype not in ("F64", "F32", "F16", "BF16"):
-            raise UserError(
-                f"{folder}: {name} is stored as {dtype}; expected F32, F16 or BF16 (dequantise it first)"
-            )
+            raise UserError(f"{where} is stored as {dtype}; expected F32, F16 or BF16 (dequantise it first)")
 
 
 def save_model(
