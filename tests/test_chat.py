@@ -285,15 +285,10 @@ def test_exported_folder_gives_the_same_ids(transformers, mistral, small, name, 
 
 
 @pytest.mark.peers
-def test_chatml_as_smollm2_carries_it(transformers):
+def test_chatml_as_smollm2_carries_it(transformers, smollm2_folder):
     """The GGUF's own template: with a system message it says the same as ours."""
-    folder = Path(__file__).parent.parent / "models" / "smollm2-135m-instruct"
-    if not (folder / "tokenizer.json").is_file():
-        pytest.skip("the base model of the quickstart is not there")
-    tokenizer, reference = (
-        Tokenizer.from_pretrained(folder),
-        transformers.AutoTokenizer.from_pretrained(folder),
-    )
+    tokenizer = Tokenizer.from_pretrained(smollm2_folder)
+    reference = transformers.AutoTokenizer.from_pretrained(smollm2_folder)
     for messages in ORDINARY[2:]:
         ids = chat.render(messages, tokenizer, "chatml").tokens
         assert ids == reference.apply_chat_template(messages, return_dict=False)
