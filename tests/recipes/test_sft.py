@@ -296,7 +296,7 @@ def variant(inputs: Inputs, folder: Path, name: str, **changes) -> sft.SFTConfig
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_stopped_run_goes_on_bit_for_bit(inputs, tmp_path, name):
-    """Stopped by SIGTERM between two checkpoints, then by a crash that saves nothing."""
+    """Stopped by SIGTERM between two checkpoints, then by a crash one step behind a checkpoint."""
     sft.main(variant(inputs, tmp_path / "whole", name))
     config = variant(inputs, tmp_path / "parts", name)
     with (
@@ -305,7 +305,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(inputs, tmp_path, name):
     ):
         sft.main(config)
     assert status(config.output_dir)[0] == 75
-    with after_step(2, crash), pytest.raises(CrashError):
+    with after_step(3, crash), pytest.raises(CrashError):
         sft.main(config)
     assert status(config.output_dir) == (1, "CrashError: ")
     sft.main(config)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from phoenix.files import UserError
@@ -119,16 +120,20 @@ def test_gradients_are_summed_over_ranks(folder, two_ranks):
             )
 
 
-def local_sizes(world: World, folder: Path) -> list[tuple[str, int, int]]:
+def local_sizes(world: World, folder: Path) -> tuple[list[tuple[str, int, int]], list[bool]]:
+    """Whole and local size of each parameter; whether each block is gathered by itself."""
     model = build(world, folder)
     named = zip(model.named_parameters(), local_parameters(model))
-    return [(name, parameter.numel(), local.numel()) for (name, parameter), local in named]
+    sizes = [(name, parameter.numel(), local.numel()) for (name, parameter), local in named]
+    return sizes, [isinstance(block, FSDPModule) for block in model.model.layers]
 
 
 def test_parameters_are_sharded(folder, two_ranks):
-    for (name, size, first), (_, _, second) in zip(*two_ranks(local_sizes, folder)):
-        assert first + second == size and abs(first - second) <= max(32, size // 97), name
-    assert all(size == local for _, size, local in local_sizes(World(), folder))
+    (first, groups), (second, _) = two_ranks(local_sizes, folder)
+    assert groups == [True] * TINY.num_hidden_layers
+    for (name, size, here), (_, _, there) in zip(first, second):
+        assert here + there == size and abs(here - there) <= max(32, size // 97), name
+    assert all(size == local for _, size, local in local_sizes(World(), folder)[0])
 
 
 def loaded_weights(world: World, folder: Path) -> dict[str, torch.Tensor]:
