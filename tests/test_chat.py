@@ -262,11 +262,10 @@ def test_zephyr_gives_the_ids_of_the_alignment_handbook(mistral):
     ("mistral-v1", "v1 legacy"), ("mistral-v1", "v1"), ("mistral-v3", "v3 legacy"), ("mistral-v3", "v3"),
     ("llama2", "v1 legacy"), ("chatml", "bpe"), ("zephyr", "bpe"), ("chatml", "smollm2"),
 ])  # fmt: skip
-def test_exported_folder_gives_the_same_ids(transformers, mistral, small, name, version, tmp_path):
-    smollm2 = Path(__file__).parent.parent / "models" / "smollm2-135m-instruct"
-    folders = {**mistral, "bpe": small["bpe"].folder, "smollm2": smollm2}
-    if not (folders[version] / "tokenizer.json").is_file() and version == "smollm2":
-        folders[version] = small["bpe"].folder
+def test_exported_folder_gives_the_same_ids(transformers, mistral, small, name, version, tmp_path, request):
+    folders = {**mistral, "bpe": small["bpe"].folder}
+    if version == "smollm2":
+        folders[version] = request.getfixturevalue("smollm2_folder")
     tokenizer = Tokenizer.from_pretrained(folders[version])
     chat.apply_template(tokenizer, name)
     tokenizer.save(tmp_path)
