@@ -50,7 +50,7 @@ class SFTConfig:
     global_batch_size: int = option("packed rows a step, over all ranks", 512, bounds="above 0")
     micro_batch_tokens: int = option("tokens a rank holds at once, at least max_length; for memory", 2048)
     num_train_epochs: float = option("passes over the data", 1.0, bounds="above 0")
-    max_steps: int | None = option("end after this many steps", None, bounds="above 0")
+    max_steps: int | None = option("so many steps, whatever num_train_epochs says", None, bounds="above 0")
     learning_rate: float = option("peak learning rate", 2e-5, bounds="above 0")
     lr_scheduler_type: str = option("shape of the schedule", "cosine", tuple(SCHEDULES))
     warmup_ratio: float = option("share of the steps over which the rate rises", 0.0, bounds="from 0 to 1")
@@ -99,11 +99,12 @@ def main(config: SFTConfig) -> Path:
             )
         store = TokenStore.open(config.store, "train")
         store.require_tokenizer(tokenizer.digest)
+        store.require_template(chat.template_digest(store.manifest["chat_template"]))
         chat.apply_template(tokenizer, store.manifest["chat_template"])
         plan = make_plan(store, config.max_length, config.packing_strategy, config.assistant_only_loss)
         batching = {"seed": config.seed, "micro_batch_tokens": config.micro_batch_tokens}
         loader = Loader(store, plan, global_batch_size=config.global_batch_size, **batching)
-        total_steps = min(config.max_steps or 10**9, loader.total_steps(config.num_train_epochs))
+        total_steps = config.max_steps or loader.total_steps(config.num_train_epochs)
         distributed.check_world(world, loader.num_micro_batches)
 
         dtype = distributed.resolve_dtype(config.dtype, world.device)

@@ -77,6 +77,12 @@ class TokenStore:
                 "prepare the store again with this model's folder as model_name_or_path"
             )
 
+    def require_template(self, digest: str) -> None:
+        """UserError if the template of this name was another one when the store was made."""
+        if self.manifest.get("template_digest") != digest:
+            name = self.manifest.get("chat_template")
+            raise UserError(f"{self.folder}: made with another form of the template {name}; prepare it again")
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 

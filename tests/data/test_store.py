@@ -64,6 +64,13 @@ def test_another_tokenizer_kind_split_or_version_is_refused(make_store):
         TokenStore.open(store.folder)
 
 
+def test_a_store_of_another_form_of_its_template_is_refused(make_store):
+    store, _ = make_store(LENGTHS)
+    store.require_template(store.manifest.get("template_digest"))
+    with pytest.raises(UserError, match="another form of the template"):
+        store.require_template("0" * 64)
+
+
 def change(folder, **values):
     manifest = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps({**manifest, **values}))
