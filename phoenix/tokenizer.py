@@ -72,6 +72,14 @@ class Tokenizer:
         """The tokenizer of a folder in the Hugging Face layout; see the class."""
         return cls(Path(folder))
 
+    def require_embeddings(self, vocab_size: int, folder: Path) -> None:
+        """UserError if the model in `folder` has fewer embeddings than this tokenizer has tokens."""
+        if self.vocab_size > vocab_size:
+            raise UserError(
+                f"{folder}: the tokenizer has {self.vocab_size} tokens, but config.json says vocab_size "
+                f"{vocab_size}; the two must come from one model"
+            )
+
     def encode(self, text: str, *, starts: bool = True) -> list[int]:
         """The ids of the text alone, without BOS or EOS; never one of `special_ids`.
 

@@ -69,6 +69,7 @@ class SFTConfig:
     logits_memory: float = option("GiB of logits kept for the backward pass", 1.0, bounds="of at least 0")
     seed: int = option("of the order of rows and of noise", 42, bounds="of at least 0")
     eval_steps: int = option("steps between evaluations; one more at the end", 100, bounds="above 0")
+    dp_replicate: int = option("copies of the model, each sharded over its ranks (HSDP)", 1, bounds="above 0")
     save_steps: int = option("steps between checkpoints; one more at the end", 100, bounds="above 0")
     save_total_limit: int = option("checkpoints to keep", 2, bounds="above 0")
     max_skipped_steps: int = option("end after so many non-finite gradients on end", 5, bounds="above 0")
@@ -88,15 +89,14 @@ class Run(NamedTuple):
 def main(config: SFTConfig) -> Path:
     """Train; returns the folder of the trained model.  Raises UserError, or Interrupted after a signal."""
     check(config)
-    with distributed.start_world() as world, run_folder(config.output_dir, world):
+    with (
+        distributed.start_world(config.dp_replicate) as world,
+        run_folder(config.output_dir, world) as at_end,
+    ):
         world.on_main(lambda: make_missing(config, world))
         model_config = read_config(config.model_name_or_path)
         tokenizer = Tokenizer.from_pretrained(config.model_name_or_path)
-        if tokenizer.vocab_size > model_config.vocab_size:
-            raise UserError(
-                f"{config.model_name_or_path}: the tokenizer has {tokenizer.vocab_size} tokens, but "
-                f"config.json says vocab_size {model_config.vocab_size}; the two must come from one model"
-            )
+        tokenizer.require_embeddings(model_config.vocab_size, config.model_name_or_path)
         store = TokenStore.open(config.store, "train")
         store.require_tokenizer(tokenizer.digest)
         store.require_template(chat.template_digest(store.manifest["chat_template"]))
@@ -128,6 +128,8 @@ def main(config: SFTConfig) -> Path:
             state = checkpoint.load_checkpoint(saved[-1], model, optimizer, world, identity(config, store))
             world.say(f"going on at step {state['step']} from {saved[-1]}")
         record_start(config.output_dir, config, world)
+        saver = checkpoint.CheckpointWriter(checkpoints, model, optimizer, world, config.save_total_limit)
+        at_end.callback(saver.close)
         views = {"report_to": config.report_to, "write": world.is_main}
         log = metrics.MetricsLog(config.output_dir, step=state["step"] if saved else -1, **views)
         distributed.try_memory(model, loader.largest_micro_batch(), world)
@@ -148,8 +150,8 @@ def main(config: SFTConfig) -> Path:
                 losses[index] = metrics.sft_sums(stats)
                 sums += losses[index]
                 flops += metrics.training_flops(model_config, micro.layout.q_length)
-            extra = torch.tensor([flops, world.stop], dtype=torch.float64, device=world.device)
-            grad_norm, (*sums, flops, stop) = distributed.reduce_gradients(
+            extra = torch.tensor([flops, world.stop, saver.busy], dtype=torch.float64, device=world.device)
+            grad_norm, (*sums, flops, stop, saving) = distributed.reduce_gradients(
                 model, world, torch.cat([sums, extra])
             )
 
@@ -180,7 +182,10 @@ def main(config: SFTConfig) -> Path:
                 peak_memory_gib=metrics.peak_memory_gib(world.device),
             )  # fmt: skip
             metrics.update_bar(bar, row)
+            if not saving:
+                saver.finish()  # all ranks have written: the checkpoint gets its name
             if state["skipped_in_a_row"] >= config.max_skipped_steps:
+                saver.finish()
                 raise UserError(
                     f"the gradient was not finite in {config.max_skipped_steps} steps in a row, the last of "
                     f"them step {step + 1} ({skipped['skipped_rows'][:3]}); look at these rows, lower "
@@ -190,9 +195,7 @@ def main(config: SFTConfig) -> Path:
             if last or (step + 1) % config.eval_steps == 0:
                 evaluate(config, model, tokenizer, log, step + 1, world)
             if last or stop or (step + 1) % config.save_steps == 0:
-                checkpoint.save_checkpoint(checkpoints, model, optimizer, state, world)
-                if world.is_main:
-                    checkpoint.prune_checkpoints(checkpoints, config.save_total_limit)
+                saver.save(state, wait=last or stop)
             if stop and not last:
                 raise Interrupted(f"stopped at step {step + 1} of {total_steps}; start again to go on")
 

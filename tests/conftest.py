@@ -15,6 +15,7 @@ import pytest
 import sentencepiece
 import tokenizers
 import torch
+from ranks import four_ranks as four_ranks
 from ranks import two_ranks as two_ranks
 
 from phoenix.model.gguf import import_gguf

@@ -1,72 +1,175 @@
-"""Resumable checkpoints: model and optimizer by torch.distributed.checkpoint in safetensors, the rest as
-JSON.
+"""Resumable checkpoints: weights and optimizer state in safetensors, the rest as JSON, written while training
+goes on.
 
     checkpoints/step_000123/
-      shard-00001-model-00001-of-00001.safetensors    one a rank; any number of ranks reads them again
-      manifest.json                                   written last: state, sizes and sha256 of the files
+      shard_00000.safetensors    one a rank: its rows of every tensor, where they start in `__metadata__`
+      manifest.json              written last: state, shapes, sizes and sha256 of the files
 
-The random numbers of a step are a function of (seed, step, micro-batch), so there is no generator to save;
-the optimizer's step counter is one number for all parameters and stands in the state.  Nothing is pickled.
+A save copies into buffers on the host, which is all that a step waits for; a thread of each rank writes its
+file; rank 0 adds the manifest and renames the folder once all ranks are done.  Any number of ranks reads the
+files again.  The random numbers of a step are a function of (seed, step, micro-batch), so there is no
+generator to save; the optimizer's step counter is one number for all parameters and stands in the state.
+Nothing is pickled.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import os
 import re
 import shutil
-import warnings
+import struct
+import threading
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from phoenix.files import UserError, read_json, sha256, sync_file, sync_folder, write_json
+from phoenix.files import UserError, inside, read_json, sha256, sync_folder, write_json
 from phoenix.model.pretrained import clean_name
 from phoenix.train.distributed import World
 
-MANIFEST = "manifest.json"
+MANIFEST, FORMAT_VERSION = "manifest.json", 2
+CHUNK = 1 << 24  # bytes that are hashed and written at once
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float64: "F64"}
+Rows = tuple[Tensor, int]  # a rank's rows of a tensor, and the number of the first in the whole
 
 
-def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], world: World
-) -> Path:
-    """Write `folder/step_...` for state["step"], whole or not at all; all ranks call.  Returns its path."""
-    path = folder / f"step_{state['step']:06d}"
-    temporary = folder / f".{path.name}.tmp"
-    if world.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-    world.barrier()
-    problem = ""
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-            dcp.save(_tensors(model, optimizer), storage_writer=writer, no_dist=world.world_size == 1)
-        if world.is_main:
-            state = {**state, "optimizer_step": _optimizer_step(optimizer)}
-            _finish(temporary, path, {"format": 1, "state": state, "shapes": _shapes(model)})
-    except (OSError, RuntimeError, UserError, dcp.api.CheckpointException) as error:
-        problem = (
-            f"cannot write the checkpoint {path}: {_reason(error)}; free space, or choose another output_dir"
-        )
-    problem = str(world.broadcast(problem))  # ranks fail together in dcp.save, and rank 0 alone after it
-    if problem:
-        if world.is_main:
+class CheckpointWriter:
+    """Writes `folder/step_...` in the background, whole or not at all, and keeps the newest few.
+
+    Holds a copy of the rank's weights and optimizer state on the host (12 bytes a parameter with AdamW),
+    pinned for a GPU, made here so that no step waits for new memory.  All ranks call `save` and `finish`.
+    """
+
+    def __init__(
+        self, folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World, keep: int
+    ) -> None:
+        self.folder, self.model, self.optimizer, self.world, self.keep = folder, model, optimizer, world, keep
+        self.writes = world.rank < world.world_size // world.dp_replicate  # replicas hold the same rows
+        self.rows = {n: rows for n, rows in _rows(model, optimizer).items() if self.writes and len(rows[0])}
+        pinned = {"pin_memory": True} if world.device.type == "cuda" else {}
+        self.buffers = {
+            name: torch.empty_like(local, device="cpu", **pinned).zero_()
+            for name, (local, _) in self.rows.items()
+        }
+        self.thread: threading.Thread | None = None
+        self.pending: tuple[Path, dict[str, Any]] | None = None
+        self.result: dict[str, Any] | str | None = None  # the entry of this rank's file, or what went wrong
+
+    @property
+    def busy(self) -> bool:
+        """This rank still writes."""
+        return self.thread is not None and self.thread.is_alive()
+
+    def save(self, state: dict[str, Any], *, wait: bool = False) -> None:
+        """Begin the checkpoint of state["step"]; an earlier one is finished first.  wait: finish this one
+        too.  Raises UserError."""
+        self.finish()
+        path = self.folder / f"step_{state['step']:06d}"
+        state = {**state, "optimizer_step": _optimizer_step(self.optimizer)}
+        self.pending = path, {"format": FORMAT_VERSION, "state": state, "shapes": _shapes(self.model)}
+        self.world.on_main(self._begin)
+        for name, (local, _) in self.rows.items():
+            self.buffers[name].copy_(local, non_blocking=True)
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
+        self.thread = threading.Thread(target=self._write, daemon=True)
+        self.thread.start()
+        if wait:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until the checkpoint under way, if any, is in its place.  Raises UserError on all ranks alike
+        if one of them could not write; then only the older ones are there."""
+        if self.pending is None:
+            return
+        self.thread.join()
+        results = self.world.gather(self.result)
+        try:
+            self.world.on_main(lambda: self._complete(results))
+        finally:
+            self.pending = self.thread = self.result = None
+
+    def close(self) -> None:
+        """After an error: let this rank's thread end, and its half-made checkpoint be."""
+        if self.thread is not None:
+            self.thread.join()
+
+    @property
+    def _temporary(self) -> Path:
+        return self.folder / f".{self.pending[0].name}.tmp"
+
+    def _begin(self) -> None:
+        try:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+            self._temporary.mkdir(parents=True)
+        except OSError as error:
+            raise self._cannot_write(error.strerror) from None
+
+    def _write(self) -> None:
+        try:
+            if self.buffers:
+                path = self._temporary / f"shard_{self.world.rank:05d}.safetensors"
+                starts = {name: start for name, (_, start) in self.rows.items()}
+                self.result = {path.name: _write_tensors(path, self.buffers, starts)}
+        except OSError as error:
+            self.result = error.strerror or str(error)
+
+    def _complete(self, results: list[dict[str, Any] | str | None]) -> None:
+        path, manifest = self.pending
+        temporary = self._temporary
+        try:
+            problems = [result for result in results if isinstance(result, str)]
+            if problems:
+                raise self._cannot_write(problems[0])
+            files = {name: entry for result in results if result for name, entry in result.items()}
+            write_json(temporary / MANIFEST, {**manifest, "files": files})  # syncs the folder's names too
+            shutil.rmtree(path, ignore_errors=True)
+            temporary.rename(path)
+            sync_folder(path.parent)
+        except (OSError, UserError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(problem)
-    return path
+            cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+            if isinstance(cause, OSError):
+                raise self._cannot_write(cause.strerror or str(cause)) from None
+            raise
+        prune_checkpoints(self.folder, self.keep)
+
+    def _cannot_write(self, reason: str) -> UserError:
+        where = f"cannot write the checkpoint {self.pending[0]}"
+        return UserError(f"{where}: {reason}; free space, or choose another output_dir")
 
 
-def _finish(temporary: Path, path: Path, manifest: dict[str, Any]) -> None:
-    files = sorted(temporary.iterdir())
-    for file in files:
-        sync_file(file)
-    entries = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in files}
-    write_json(temporary / MANIFEST, {**manifest, "files": entries})
-    shutil.rmtree(path, ignore_errors=True)
-    temporary.rename(path)
-    sync_folder(path.parent)
+def _write_tensors(path: Path, tensors: dict[str, Tensor], starts: dict[str, int]) -> dict[str, Any]:
+    """A safetensors file, synced; its size and sha256.  Hashed as it is written: the memory is read once."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "starts": json.dumps(starts)}}
+    size = 0
+    for name, tensor in tensors.items():
+        ends = [size, size := size + tensor.nbytes]
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": ends}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+    parts = [struct.pack("<Q", len(text)) + text, *map(_bytes, tensors.values())]
+    digest, written = hashlib.sha256(), 0
+    with open(path, "wb") as file:
+        for part in parts:
+            for first in range(0, len(part), CHUNK):
+                digest.update(part[first : first + CHUNK])
+                written += file.write(part[first : first + CHUNK])
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": written, "sha256": digest.hexdigest()}
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
@@ -82,74 +185,94 @@ def prune_checkpoints(folder: Path, save_total_limit: int) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+@torch.no_grad()
 def load_checkpoint(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World, expected: dict[str, Any]
 ) -> dict[str, Any]:
     """Read a checkpoint, saved by any number of ranks, into model and optimizer; returns its state.
 
-    Checks the files' hashes first.  UserError if a file is missing or damaged, or if an entry of `expected`
-    (model, store, packing ...) differs: it is a checkpoint of something else.
+    Checks the files' hashes first, each rank its share.  UserError if a file is missing or damaged, or if an
+    entry of `expected` (model, store, packing ...) differs: it is a checkpoint of something else.
     """
-    problem, state = world.broadcast(_verify(path, expected, _shapes(model)) if world.is_main else None)
-    if problem:
+    problem, manifest = _verify(path, expected, _shapes(model), world)
+    if problem := next(filter(None, world.gather(problem)), ""):
         raise UserError(problem)
-    tensors = _tensors(model, optimizer)
+    problem = ""
     try:
-        with warnings.catch_warnings(action="ignore"):
-            dcp.load(
-                tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=world.world_size == 1
-            )
-    except (OSError, RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
-        raise UserError(f"{path}: cannot be read ({_reason(error)}); choose another output_dir") from None
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(safe_open(path / name, "pt")) for name in manifest["files"]]
+            starts = [json.loads(file.metadata()["starts"]) for file in files]
+            for name, (local, first) in _rows(model, optimizer).items():
+                holders = [(f.get_slice(name), s[name]) for f, s in zip(files, starts) if name in s]
+                if _read_rows(local, first, holders) != len(local):
+                    raise ValueError(f"rows of {name} are missing")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        problem = f"{path}: cannot be read ({error}); choose another output_dir"
+    if problem := next(filter(None, world.gather(problem)), ""):
+        raise UserError(problem)
     for parameter_state in optimizer.state.values():
-        parameter_state["step"].fill_(state["optimizer_step"])
-    return state
+        parameter_state["step"].fill_(manifest["state"]["optimizer_step"])
+    return manifest["state"]
 
 
-def _verify(path: Path, expected: dict[str, Any], shapes: dict[str, list]) -> tuple[str, dict[str, Any]]:
-    """A sentence on what is wrong ("" if nothing is), and the state; hashes last, since they take longest."""
+def _read_rows(local: Tensor, first: int, holders: list[tuple[Any, int]]) -> int:
+    """Fill `local`, the rows from `first` on, from slices that begin at these rows; returns how many came."""
+    count = 0
+    for piece, start in holders:
+        low, high = max(first, start), min(first + len(local), start + piece.get_shape()[0])
+        if low < high:
+            local[low - first : high - first].copy_(piece[low - start : high - start])
+            count += high - low
+    return count
+
+
+def _verify(
+    path: Path, expected: dict[str, Any], shapes: dict[str, list], world: World
+) -> tuple[str, dict[str, Any]]:
+    """A sentence on what is wrong ("" if nothing is), and the manifest; hashes last, since they take longest:
+    each rank those of its share of the files."""
     try:
         manifest = read_json(path / MANIFEST, "manifest of a checkpoint")
         state, found = manifest["state"], manifest["shapes"]
-        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        files = {inside(path, name): (e["bytes"], e["sha256"]) for name, e in manifest["files"].items()}
         other = [name for name in sorted({**found, **shapes}) if found.get(name) != shapes.get(name)]
         changed = [key for key in expected if state.get(key) != expected[key]]
     except (UserError, KeyError, TypeError, AttributeError) as error:
         return f"{path}: not a checkpoint ({error}); remove the folder", {}
+    if manifest.get("format") != FORMAT_VERSION:
+        return f"{path}: written by another version of Phoenix; choose another output_dir", {}
     if other:
         sizes = f"{other[0]} is {found.get(other[0])} there and {shapes.get(other[0])} here"
         return f"{path}: is a checkpoint of another model ({sizes}); choose another output_dir", {}
     if changed:
         values = f"{changed[0]} = {state.get(changed[0])!r}, now {expected[changed[0]]!r}"
         return f"{path}: made with {values}; choose another output_dir", {}
-    for name, entry in files.items():
-        file = path / name
-        if not file.is_file() or (file.stat().st_size, sha256(file)) != entry:
+    for file in sorted(files)[world.rank :: world.world_size]:
+        if not file.is_file() or (file.stat().st_size, sha256(file)) != files[file]:
             return f"{file}: is missing or damaged; remove {path} to go on from the checkpoint before it", {}
-    return "", state
+    return "", manifest
 
 
 def _shapes(model: nn.Module) -> dict[str, list]:
     return {clean_name(name): list(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def _reason(error: BaseException) -> str:
-    """What went wrong in a line; dcp wraps the error of each rank."""
-    while isinstance(error, dcp.api.CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    error = error.__cause__ if isinstance(error, UserError) and error.__cause__ else error
-    return (str(error).strip() or repr(error)).splitlines()[-1]
-
-
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Every parameter and its optimizer state under a plain name; a tied weight stands once."""
-    tensors = {}
+def _rows(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Rows]:
+    """This rank's rows of every parameter and its optimizer state; a tied weight stands once."""
+    rows = {}
     for name, parameter in model.named_parameters():
-        tensors[f"model.{clean_name(name)}"] = parameter.detach()
+        rows[f"model.{clean_name(name)}"] = _local(parameter.detach())
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                tensors[f"optimizer.{key}.{clean_name(name)}"] = value
-    return tensors
+                rows[f"optimizer.{key}.{clean_name(name)}"] = _local(value)
+    return rows
+
+
+def _local(tensor: Tensor) -> Rows:
+    if not isinstance(tensor, DTensor):
+        return tensor, 0
+    _, start = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tensor.to_local(), start[0]
 
 
 def _optimizer_step(optimizer: torch.optim.Optimizer) -> float:

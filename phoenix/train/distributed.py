@@ -27,12 +27,17 @@ from phoenix.model.mistral import Mistral
 
 @dataclass
 class World:
-    """This process among all: rank, world_size, device; `stop` is set when a signal asks to end."""
+    """This process among all: rank, world_size, device; `stop` is set when a signal asks to end.
+
+    dp_replicate: how often the sharded model stands in this world; each copy has world_size / dp_replicate
+    neighbouring ranks.
+    """
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     stop: bool = False
+    dp_replicate: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -87,13 +92,14 @@ def seed_step(seed: int, step: int, micro_batch: int) -> None:
 
 
 @contextlib.contextmanager
-def start_world() -> Iterator[World]:
+def start_world(dp_replicate: int = 1) -> Iterator[World]:
     """Join the processes of torchrun (RANK, WORLD_SIZE, LOCAL_RANK), or be alone; SIGTERM and SIGINT set
-    `stop`.
+    `stop`.  dp_replicate: copies of the sharded model, see World.
 
     Restores signal handlers at the end, and destroys only a process group that it made.
     """
-    world = World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    world = World(rank, world_size, dp_replicate=dp_replicate)
     if torch.cuda.is_available():
         processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if processes > gpus:
@@ -135,7 +141,8 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 def parallelize(
     model: Mistral, world: World, *, compute_dtype: torch.dtype, activation_checkpointing: bool, compile: bool
 ) -> Mistral:
-    """Checkpointing of blocks, then compiling of blocks, then FSDP2 over all ranks; a lone process is not
+    """Checkpointing of blocks, then compiling of blocks, then FSDP2 over all ranks, or HSDP where
+    world.dp_replicate is above 1: sharded within a copy, gradients summed over copies.  A lone process is not
     sharded.
 
     `model` may be on the meta device: materialise it afterwards.  A tied embedding, the norm and the head
@@ -154,7 +161,10 @@ def parallelize(
 
 
 def _shard(model: Mistral, world: World, compute_dtype: torch.dtype) -> None:
-    mesh = init_device_mesh(world.device.type, (world.world_size,))
+    copies, shards = world.dp_replicate, world.world_size // world.dp_replicate
+    names, sizes = ("dp_replicate", "dp_shard"), (copies, shards)
+    first = 0 if copies > 1 else 1  # one copy: a mesh of the shards alone, plain FSDP
+    mesh = init_device_mesh(world.device.type, sizes[first:], mesh_dim_names=names[first:])
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
@@ -199,7 +209,8 @@ def reduce_gradients(model: nn.Module, world: World, extra: Tensor) -> tuple[flo
     """
     norms = torch._foreach_norm(_gradients(model))
     total = torch.stack([norm.double().square() for norm in norms]).sum() if norms else torch.zeros(())
-    values = world.sum(torch.cat([total.double().reshape(1).to(extra.device), extra.double()]))
+    total = total.double() / world.dp_replicate  # every copy adds the same shards
+    values = world.sum(torch.cat([total.reshape(1).to(extra.device), extra.double()]))
     return float(values[0].sqrt()), values[1:].cpu()
 
 
@@ -219,7 +230,13 @@ def _gradients(model: nn.Module) -> list[Tensor]:
 
 
 def check_world(world: World, micro_batches: int) -> None:
-    """UserError if there are more ranks than micro-batches in a global batch: some would never have work."""
+    """UserError if the copies of the model do not divide the ranks, or if there are more ranks than
+    micro-batches in a global batch: some would never have work."""
+    if world.world_size % world.dp_replicate:
+        raise UserError(
+            f"{world.world_size} processes cannot hold dp_replicate={world.dp_replicate} equal copies of the "
+            "model; set it to a divisor of the number of processes"
+        )
     if world.world_size > micro_batches:
         raise UserError(
             f"{world.world_size} processes, but a global batch has only {micro_batches} micro-batches; raise "

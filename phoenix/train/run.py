@@ -24,15 +24,16 @@ DONE, FAILED, USER_ERROR, STOPPED = 0, 1, 2, 75
 
 
 @contextlib.contextmanager
-def run_folder(folder: Path, world: World) -> Iterator[None]:
+def run_folder(folder: Path, world: World) -> Iterator[contextlib.ExitStack]:
     """Hold the folder against other processes, and write status.json (code and words) at the end.
 
-    Raises UserError, on all ranks alike, if the folder cannot be written or another process trains in it.
+    Gives a stack for what must have ended before others may write here.  Raises UserError, on all ranks
+    alike, if the folder cannot be written or another process trains in it.
     """
     with contextlib.ExitStack() as stack:
         world.on_main(lambda: stack.callback(os.close, _lock(folder)))
-        with _status(folder, world):
-            yield
+        with _status(folder, world), contextlib.ExitStack() as at_end:
+            yield at_end
 
 
 def record_start(folder: Path, config: Any, world: World) -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from phoenix.files import UserError
 from phoenix.model.layout import AttentionLayout, PackedBatch
 from phoenix.model.mistral import Mistral, MistralConfig
-from phoenix.train.checkpoint import find_checkpoints, load_checkpoint, prune_checkpoints, save_checkpoint
+from phoenix.train.checkpoint import CheckpointWriter, find_checkpoints, load_checkpoint, prune_checkpoints
 from phoenix.train.distributed import World, parallelize
 from phoenix.train.optim import OPTIMIZERS, build_optimizer
 
@@ -47,7 +48,9 @@ def train(run: Run, first: int, last: int) -> Run:
 
 
 def save(folder: Path, run: Run, step: int, world: World | None = None) -> Path:
-    return save_checkpoint(folder, *run, {"step": step, "num_tokens": 9 * step, **STORE}, world or World())
+    writer = CheckpointWriter(folder, *run, world or World(), 99)
+    writer.save({"step": step, "num_tokens": 9 * step, **STORE}, wait=True)
+    return find_checkpoints(folder)[-1]
 
 
 def load(path: Path, run: Run, world: World | None = None) -> dict:
@@ -103,6 +106,72 @@ def test_a_run_goes_on_with_more_or_fewer_ranks(tmp_path, two_ranks, optim):
     assert len(list(path.glob("*.safetensors"))) == 2
     assert_same(load_on_ranks(World(), path, optim), sharded, 1e-5)
     assert_same(two_ranks(load_on_ranks, path, optim)[1], sharded)
+
+
+def save_copies(world: World, folder: Path) -> dict:
+    world = replace(world, dp_replicate=2)
+    run = train(start(world=world), 0, 3)
+    save(folder, run, 3, world)
+    return weights(train(run, 3, 5))
+
+
+def load_copies(world: World, path: Path) -> dict:
+    return load_on_ranks(replace(world, dp_replicate=2), path, "adamw")
+
+
+def test_one_copy_of_several_is_written_and_read_by_all(tmp_path, four_ranks):
+    expected = four_ranks(save_copies, tmp_path)[3]
+    [path] = find_checkpoints(tmp_path)
+    assert len(list(path.glob("*.safetensors"))) == 2
+    for copy in four_ranks(load_copies, path):
+        assert_same(copy, expected)
+    assert_same(load_on_ranks(World(), path, "adamw"), expected, 1e-5)
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, optim):
+    """The files hold the moment of `save`, whatever was trained before they were written."""
+    run = train(start(optim), 0, 3)
+    expected = weights(run)
+    writer = CheckpointWriter(tmp_path, *run, World(), 99)
+    writer.save({"step": 3, **STORE})
+    train(run, 3, 5)
+    writer.finish()
+    again = start(optim, seed=1)
+    assert load(tmp_path / "step_000003", again)["step"] == 3
+    assert_same(weights(again), expected)
+    assert_same(weights(train(again, 3, 5)), weights(run))
+
+
+def test_a_save_finishes_the_one_before_and_a_closed_writer_leaves_no_checkpoint(tmp_path):
+    run = start()
+    writer = CheckpointWriter(tmp_path, *run, World(), 2)
+    for step in range(1, 5):
+        writer.save({"step": step, **STORE})
+        assert [path.name for path in find_checkpoints(tmp_path)] == [
+            f"step_{n:06d}" for n in range(max(1, step - 2), step)
+        ]
+    writer.close()
+    assert not writer.busy and find_checkpoints(tmp_path)[-1].name == "step_000003"
+    writer.finish()
+    assert find_checkpoints(tmp_path)[-1].name == "step_000004"
+
+
+def test_a_checkpoint_of_another_version_is_refused(tmp_path):
+    path = save(tmp_path, start(), 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, "format": 1}))
+    with pytest.raises(UserError, match="step_000001: written by another version of Phoenix; choose another"):
+        load(path, start())
+
+
+def test_any_tool_reads_the_file_of_a_rank(tmp_path):
+    run = train(start(), 0, 1)
+    [file] = save(tmp_path, run, 1).glob("*.safetensors")
+    tensors = load_file(file)
+    for name, parameter in run[0].named_parameters():
+        assert torch.equal(tensors[f"model.{name}"], parameter)
+        assert torch.equal(tensors[f"optimizer.exp_avg.{name}"], run[1].state[parameter]["exp_avg"])
 
 
 def test_nothing_is_pickled(tmp_path):

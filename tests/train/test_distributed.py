@@ -94,6 +94,26 @@ def train(world: World, folder: Path, steps: int, **options) -> list[tuple[float
     return rows
 
 
+def train_copies(world: World, folder: Path, steps: int) -> list[tuple[float, float]]:
+    return train(replace(world, dp_replicate=2), folder, steps)
+
+
+def test_two_copies_of_two_shards_give_the_losses_of_one_process(folder, four_ranks):
+    alone = torch.tensor(train(World(), folder, 20), dtype=torch.float64)
+    for rank in four_ranks(train_copies, folder, 20):
+        torch.testing.assert_close(torch.tensor(rank, dtype=torch.float64), alone, rtol=1e-5, atol=0)
+
+
+def sizes_of_copies(world: World, folder: Path) -> list[tuple[int, int]]:
+    return [pair[1:] for pair in local_sizes(replace(world, dp_replicate=2), folder)[0]]
+
+
+def test_each_copy_is_sharded_over_its_own_ranks(folder, four_ranks):
+    first, second, *other_copy = four_ranks(sizes_of_copies, folder)
+    assert other_copy == [first, second]
+    assert all(here + there == size for (size, here), (_, there) in zip(first, second))
+
+
 def full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -281,7 +301,9 @@ def test_a_group_of_our_own_goes(monkeypatch, tmp_path):
 
 
 def test_more_ranks_than_micro_batches_are_refused():
-    check_world(World(0, 4), 4)
+    check_world(World(0, 4, dp_replicate=2), 4)
+    with pytest.raises(UserError, match=r"4 processes cannot hold dp_replicate=3 equal copies .* a divisor"):
+        check_world(World(0, 4, dp_replicate=3), 4)
     with pytest.raises(UserError, match="5 processes, but a global batch has only 4 micro-batches; raise"):
         check_world(World(0, 5), 4)
 
