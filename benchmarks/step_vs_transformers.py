@@ -18,15 +18,11 @@ spreads by more than 15 %, its group is measured once more.
 from __future__ import annotations
 
 import argparse
-import datetime
+import itertools
 import json
-import multiprocessing
-import os
-import platform
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,11 +33,22 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from side_by_side import (  # noqa: E402
+    MAX_SPREAD,
+    PEER_MODEL,
+    TINY_MODEL,
+    Pacer,
+    Side,
+    environment,
+    make_model,
+    ratio,
+    spread,
+)
 from torch import Tensor  # noqa: E402
 
 from phoenix.files import write_json  # noqa: E402
 from phoenix.model.layout import AttentionLayout, PackedBatch  # noqa: E402
-from phoenix.model.mistral import Mistral, MistralConfig  # noqa: E402
+from phoenix.model.mistral import Mistral  # noqa: E402
 from phoenix.train.optim import build_optimizer  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "step_vs_transformers.json"
@@ -49,15 +56,7 @@ GROUPS = {
     "fp32": ("phoenix", "transformers", "transformers one document"),
     "bf16": ("phoenix", "transformers autocast", "transformers bf16 weights", "transformers one document"),
 }
-PEER_MODEL = MistralConfig(
-    hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=2, head_dim=64,
-    intermediate_size=1408, vocab_size=32000, sliding_window=None,
-)  # fmt: skip
-TINY_MODEL = MistralConfig(
-    hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-    intermediate_size=128, vocab_size=256, sliding_window=None, initializer_range=0.1,
-)  # fmt: skip
-ROWS, MAX_SPREAD, LEARNING_RATE = 2, 0.15, 1e-5
+ROWS, LEARNING_RATE = 2, 1e-5
 
 
 def make_rows(vocab_size: int, max_length: int) -> list[tuple[Tensor, list[int]]]:
@@ -121,51 +120,30 @@ def transformers_step(folder: str, group: str, side: str, rows: list) -> Callabl
     return step
 
 
-def work(pipe: Any, folder: str, group: str, side: str, max_length: int) -> None:
-    """A side's process: for each row index that arrives, a step; its seconds, loss and peak memory back."""
-    start = memory("VmRSS")
+def work(pacer: Pacer, folder: str, group: str, side: str, max_length: int) -> None:
+    """A side's process: the rows in their order, again and again."""
     vocab_size = json.loads((Path(folder) / "config.json").read_text())["vocab_size"]
     make = phoenix_step if side == "phoenix" else transformers_step
     step = make(folder, group, side, make_rows(vocab_size, max_length))
-    while (index := pipe.recv()) is not None:
-        begun = time.perf_counter()
-        loss = step(index)
-        pipe.send((time.perf_counter() - begun, loss, (memory("VmHWM") - start) / 2**20))
-
-
-def memory(name: str) -> int:
-    """KiB of this process in /proc (ru_maxrss would count the parent's peak)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1])
-    raise ValueError(f"/proc/self/status has no {name}")
+    for index in itertools.cycle(range(ROWS)):
+        pacer.wait()
+        pacer.done(loss=step(index))
 
 
 def measure(folder: str, group: str, max_length: int, repeats: int) -> dict[str, Any]:
     """All sides of a group in turns: a warm-up pass over the rows, then `repeats` passes."""
-    context, pipes, processes = multiprocessing.get_context("fork"), {}, []
-    for side in GROUPS[group]:
-        pipes[side], theirs = context.Pipe()
-        processes.append(
-            context.Process(target=work, args=(theirs, folder, group, side, max_length), daemon=True)
-        )
-        processes[-1].start()
-        theirs.close()  # so that a side that dies ends `recv` with EOFError
-    first: dict[str, float] = {}
-    seconds: dict[str, list[float]] = {side: [] for side in pipes}
-    peaks: dict[str, float] = {}
-    for _ in range(repeats + 1):
-        for side, pipe in pipes.items():
-            total = 0.0
-            for index in range(ROWS):
-                pipe.send(index)
-                taken, loss, peaks[side] = pipe.recv()
-                first.setdefault(side, loss)
-                total += taken
-            seconds[side].append(total)
-    for pipe, process in zip(pipes.values(), processes):
-        pipe.send(None)
-        process.join()
+    sides = {side: Side(work, folder, group, side, max_length) for side in GROUPS[group]}
+    passes: dict[str, list[list[dict]]] = {side: [] for side in sides}
+    try:
+        for _ in range(repeats + 1):
+            for side, process in sides.items():
+                passes[side].append([process.step() for _ in range(ROWS)])
+    finally:
+        for process in sides.values():
+            process.close()
+    seconds = {side: [sum(step["seconds"] for step in steps) for steps in passes[side]] for side in sides}
+    first = {side: passes[side][0][0]["loss"] for side in sides}
+    peaks = {side: passes[side][-1][-1]["peak_memory_gib"] for side in sides}
     return summary({side: times[1:] for side, times in seconds.items()}, first, peaks, ROWS * max_length)
 
 
@@ -173,33 +151,13 @@ def summary(seconds: dict, first: dict, peaks: dict, tokens: int) -> dict[str, A
     sides = {}
     for side, times in seconds.items():
         median = statistics.median(times)
-        ratios = [theirs / ours for theirs, ours in zip(times, seconds["phoenix"])]
         sides[side] = {
-            "tokens_per_second": tokens / median, "spread": (max(times) - min(times)) / median,
+            "tokens_per_second": tokens / median, "spread": spread(times),
             "peak_memory_gib": peaks[side], "first_loss": first[side],
         }  # fmt: skip
         if side != "phoenix":
-            sides[side]["phoenix_times_as_fast"] = {
-                "median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)
-            }  # fmt: skip
+            sides[side]["phoenix_times_as_fast"] = ratio(times, seconds["phoenix"])
     return sides
-
-
-def environment() -> dict[str, Any]:
-    info = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
-    info = {key.strip(): value.strip() for key, value in info.items()}
-    flags = set(info.get("flags", "").split())
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "processor": info.get("model name", platform.machine()), "threads": torch.get_num_threads(),
-        **{flag: flag in flags for flag in ("amx_bf16", "avx512_bf16", "avx512f")},
-        "load_before": os.getloadavg()[0], "python": platform.python_version(),
-        "torch": torch.__version__, "transformers": transformers.__version__,
-    }  # fmt: skip
-
-
-def make_model(folder: str, config: MistralConfig) -> None:
-    Mistral(config).init_weights(torch.Generator().manual_seed(0)).save_pretrained(folder)
 
 
 def main() -> int:
@@ -213,17 +171,13 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     max_length, repeats = (128, 1) if options.quick else (2048, 5)
-    report = {"environment": environment(), "quick": options.quick, "model": options.model or "random",
-              "tokens_per_step": max_length, "rows": ROWS, "repeats": repeats}  # fmt: skip
+    report = {"environment": environment(["torch", "transformers"]), "quick": options.quick,
+              "model": options.model or "random", "tokens_per_step": max_length, "rows": ROWS,
+              "repeats": repeats}  # fmt: skip
     with tempfile.TemporaryDirectory() as made:
         folder = options.model or made
-        if (
-            not options.model
-        ):  # in a process of its own: a thread pool of this one would not survive the forks
-            shape = TINY_MODEL if options.quick else PEER_MODEL
-            maker = multiprocessing.get_context("fork").Process(target=make_model, args=(folder, shape))
-            maker.start()
-            maker.join()
+        if not options.model:
+            make_model(folder, TINY_MODEL if options.quick else PEER_MODEL)
         for group in GROUPS:
             sides = measure(folder, group, max_length, repeats)
             if not options.quick and max(side["spread"] for side in sides.values()) > MAX_SPREAD:
