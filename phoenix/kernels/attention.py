@@ -97,7 +97,8 @@ def _segments_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     q_length: Tensor, k_start: Tensor, k_length: Tensor, window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)  # each row is written once
+    dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (k, v))
     for rows, ranges, mask, causal in _blocks(q_length, k_start, k_length, window, k):
         keys, values = _gather(k, ranges), _gather(v, ranges)
         parts = _backward(

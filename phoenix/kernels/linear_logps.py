@@ -30,9 +30,9 @@ def linear_logps(
     """log softmax(x weight^T)[label] for every row with a label, and 0 for the others.
 
     x [t, d], weight [v, d] of the same dtype, labels [t] int64 (-100: nothing asked).  Log-probs, entropy and
-    the soft-max are fp32 (fp64 stays).  Rows without a label cost nothing.  The logits of a backward pass are
-    kept where all of them fit into `logits_memory` bytes, and computed again otherwise: same values either
-    way.  Entropy and hits are 0 unless `stats`; they carry no gradient.
+    the soft-max are fp32 (fp64 stays).  Rows without a label cost nothing.  What the backward pass needs of
+    the logits is kept where all of it fits into `logits_memory` bytes, and computed again otherwise: same
+    values either way.  Entropy and hits are 0 unless `stats`; they carry no gradient.
     """
     wanted = labels.ne(IGNORE_INDEX).nonzero().squeeze(1)
     keep = torch.is_grad_enabled() and len(wanted) * len(weight) * x.element_size() <= logits_memory
@@ -44,43 +44,67 @@ def linear_logps(
     return LabelStats(spread(logps), spread(entropy), spread(hits))
 
 
-# softmax and log_softmax of fp32 values, not exp and logsumexp: torch's CPU kernels of these two are up to 10
-# times as fast where MKL's exp is slow.  Their `dtype=` would be 6 times slower in bf16 than a cast before.
+# On a CPU the steps of a block are what costs beside the products: softmax and amax run at memory speed where
+# MKL's exp, argmax (19 times an amax) and softmax with `dtype=` (6 times a cast before it) do not.
 class _LinearLogps(torch.autograd.Function):
+    """Keeps p - onehot(label), minus the gradient of logp with respect to the logits, in place of the logits:
+    the backward pass is two products, and the incoming gradient scales rows of [c, d], not of [c, v].
+    """
+
     @staticmethod
     def forward(ctx, x, weight, labels, keep, stats):
-        ctx.wide = torch.promote_types(x.dtype, torch.float32)
-        logps, entropy, hits = (x.new_zeros(len(x), dtype=ctx.wide) for _ in range(3))
-        ctx.kept = []
+        wide = torch.promote_types(x.dtype, torch.float32)
+        logps, entropy, hits = (x.new_zeros(len(x), dtype=wide) for _ in range(3))
+        keep, ctx.kept = keep and any(ctx.needs_input_grad), []
         for rows in _chunks(x, weight):
             logits = x[rows] @ weight.T  # [c, v]
             for part, at in _blocks(logits, rows.start):
-                values = part.to(ctx.wide)
-                logp = values.log_softmax(-1)
-                logps[at] = logp.gather(-1, labels[at, None]).squeeze(-1)
+                values, label = part.to(wide), labels[at, None]
+                best, chosen = values.amax(-1, keepdim=True), values.gather(-1, label)
                 if stats:
-                    hits[at] = (values.argmax(-1) == labels[at]).to(ctx.wide)
-                    entropy[at] = -logp.mul_(values.softmax(-1)).sum(-1)
-            ctx.kept.append(logits if keep and any(ctx.needs_input_grad) else None)
-        ctx.save_for_backward(x, weight, labels)
+                    hits[at] = _hits(values, label, chosen)
+                p = values.sub_(best).softmax(-1)
+                log_best = p.amax(-1, keepdim=True).log()  # minus the log of the sum of exp
+                logps[at] = (chosen - best + log_best).squeeze(-1)
+                if stats:
+                    entropy[at] = -torch.linalg.vecdot(p, values) - log_best.squeeze(-1)
+                if keep:
+                    part.copy_(p.scatter_(-1, label, logps[at, None].expm1()))
+            ctx.kept.append(logits if keep else None)
+        ctx.save_for_backward(x, weight, labels, logps)
         ctx.mark_non_differentiable(entropy, hits)
         return logps, entropy, hits
 
     @staticmethod
     def backward(ctx, grad, _entropy, _hits):
-        x, weight, labels = ctx.saved_tensors
-        dx, dweight = torch.empty_like(x), None
+        x, weight, labels, logps = ctx.saved_tensors
+        grad = -grad[:, None]
+        scaled, dx, dweight = (x * grad).to(x.dtype), torch.empty_like(x), None
         for index, rows in enumerate(_chunks(x, weight)):
-            logits = ctx.kept[index] if ctx.kept[index] is not None else x[rows] @ weight.T
+            residual = ctx.kept[index]
+            if residual is None:
+                residual = x[rows] @ weight.T
+                for part, at in _blocks(residual, rows.start):
+                    values = part.to(grad.dtype)
+                    p = values.sub_(values.amax(-1, keepdim=True)).softmax(-1)
+                    part.copy_(p.scatter_(-1, labels[at, None], logps[at, None].expm1()))
             ctx.kept[index] = None
-            for part, at in _blocks(logits, rows.start):
-                # d logp / d logits = onehot(label) - softmax, written over the logits
-                dlogits = part.to(ctx.wide).softmax(-1).mul_(-grad[at, None])
-                part.copy_(dlogits.scatter_add_(-1, labels[at, None], grad[at, None]))
-            dx[rows] = logits @ weight
-            summand = logits.T @ x[rows]
-            dweight = summand if dweight is None else dweight.to(ctx.wide).add_(summand)  # summed in fp32
-        return dx, dweight.to(weight.dtype), None, None, None
+            dx[rows] = (residual @ weight) * grad[rows]
+            if ctx.needs_input_grad[1]:
+                summand = residual.T @ scaled[rows]
+                dweight = summand if dweight is None else dweight.to(grad.dtype).add_(summand)  # in fp32
+        return dx, None if dweight is None else dweight.to(weight.dtype), None, None, None
+
+
+def _hits(values: Tensor, label: Tensor, chosen: Tensor) -> Tensor:
+    """[c] bool: the label is the first arg max of values [c, v]; chosen [c, 1] are the labels' values."""
+    if values.is_cuda:
+        return values.argmax(-1) == label.squeeze(-1)
+    others = values.scatter_(-1, label, -torch.inf).amax(-1, keepdim=True)
+    values.scatter_(-1, label, chosen)
+    hits, ties = (chosen > others).squeeze(-1), (chosen == others).squeeze(-1).nonzero().squeeze(-1)
+    hits[ties] = values[ties].argmax(-1) == label[ties].squeeze(-1)
+    return hits
 
 
 def _chunks(x: Tensor, weight: Tensor) -> list[slice]:

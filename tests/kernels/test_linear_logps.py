@@ -114,6 +114,20 @@ def test_stats_are_off_unless_asked_and_carry_no_gradient():
     assert not found.entropy.requires_grad and not found.hits.requires_grad and found.logps.requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_equal_logits_the_first_is_the_arg_max(dtype):
+    """As torch.argmax has it.  Logits are small whole numbers, so many rows have their maximum twice."""
+    weight = torch.randint(-1, 2, (VOCAB, WIDTH), generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = torch.randint(-1, 2, (60, WIDTH), generator=torch.Generator().manual_seed(1)).to(dtype)
+    logits = x @ weight.T
+    ties = (logits == logits.amax(-1, keepdim=True)).sum(-1)
+    assert (ties > 1).sum() > 10
+    last = logits.shape[1] - 1 - logits.flip(-1).argmax(-1)
+    for labels in (logits.argmax(-1), last):
+        found = linear_logps(x, weight, labels, stats=True).hits
+        assert torch.equal(found, (logits.argmax(-1) == labels).float())
+
+
 def test_large_logits_stay_finite():
     x, weight, labels = make(20, 20)
     found = linear_logps(1e4 * x, weight, labels, stats=True)
