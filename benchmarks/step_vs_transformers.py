@@ -49,6 +49,7 @@ from torch import Tensor  # noqa: E402
 from phoenix.files import write_json  # noqa: E402
 from phoenix.model.layout import AttentionLayout, PackedBatch  # noqa: E402
 from phoenix.model.mistral import Mistral  # noqa: E402
+from phoenix.train.distributed import keep_freed_memory  # noqa: E402
 from phoenix.train.optim import build_optimizer  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "step_vs_transformers.json"
@@ -75,6 +76,7 @@ def make_rows(vocab_size: int, max_length: int) -> list[tuple[Tensor, list[int]]
 
 
 def phoenix_step(folder: str, group: str, _side: str, rows: list) -> Callable[[int], float]:
+    keep_freed_memory()  # as recipes/sft.py does
     model = Mistral.from_pretrained(folder)
     model.compute_dtype = torch.bfloat16 if group == "bf16" else torch.float32
     optimizer = build_optimizer(model, "adamw", learning_rate=LEARNING_RATE)
