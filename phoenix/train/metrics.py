@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from phoenix.files import UserError, atomic_write, read_json_lines, require
-from phoenix.kernels.linear_logps import LabelStats
+from phoenix.kernels.linear_logps import CHUNK_BYTES, LabelStats
 from phoenix.model.mistral import MistralConfig
 
 if TYPE_CHECKING:
@@ -110,27 +110,62 @@ def write_samples(path: Path, step: int, rows: Sequence[dict[str, Any]], *, writ
 
 
 def training_memory(
+    config: MistralConfig, dtype: torch.dtype, shards: int, optim: str, **options: Any
+) -> float:
+    """Bytes a rank needs about: the sum of `memory_parts`."""
+    return sum(memory_parts(config, dtype, shards, optim, **options).values())
+
+
+def memory_parts(
     config: MistralConfig,
     dtype: torch.dtype,
-    world_size: int,
+    shards: int,
     optim: str,
     *,
     micro_batch_tokens: int,
     activation_checkpointing: bool,
     logits_memory: float,
-) -> float:
-    """Bytes a rank needs about: fp32 weights, gradients and optimizer state (sharded), activations, logits.
+) -> dict[str, float]:
+    """Bytes a rank needs, by what takes them; shards: ranks that share one copy of the model.
 
-    A block keeps for each token its inputs and outputs of norms, projections, attention and gate: about 8 d +
-    2 (h + 2 g) e + 4 f numbers; with checkpointing one d, and one whole block at a time.
+    state: fp32 weights, gradients and optimizer state.  weights: copies in the compute dtype; with FSDP two
+    gathered groups, and one group's gradient in the compute dtype and in fp32.  activations: what autograd
+    keeps of the blocks; with checkpointing only their inputs.  passing: the larger of logits (those that are
+    kept, or one chunk) with the last norm, and a block's gradients, with checkpointing the block itself too.
     """
-    state = config.num_parameters()[0] * 4 * (4 if optim == "adamw" else 3) / world_size
-    heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-    block = 8 * config.hidden_size + 2 * heads + 4 * config.intermediate_size
-    layers = config.num_hidden_layers
-    a_token = block + layers * config.hidden_size if activation_checkpointing else block * layers
-    logits = min(logits_memory, micro_batch_tokens * config.vocab_size * dtype.itemsize)
-    return state + micro_batch_tokens * a_token * dtype.itemsize + logits
+    parameters, size, layers = config.num_parameters()[0], dtype.itemsize, config.num_hidden_layers
+    d, embedding = config.hidden_size, config.vocab_size * config.hidden_size
+    outside = embedding * (1 if config.tie_word_embeddings else 2) + d
+    block = (parameters - outside) // layers
+    weights = 0
+    if shards > 1:
+        weights = max(block, embedding) * (3 * size + 4)
+    elif dtype != torch.float32:
+        weights = size * (block * (1 if activation_checkpointing else layers) + embedding)
+    a_block, a_rest = activation_bytes(config, dtype)
+    logits = micro_batch_tokens * config.vocab_size * size
+    logits = logits if logits <= logits_memory else min(logits, CHUNK_BYTES)
+    gradients = (d + 4 * config.intermediate_size) * size + (a_block if activation_checkpointing else 0)
+    return {
+        "state": parameters * 4 * (4 if optim == "adamw" else 3) / shards,
+        "weights": weights,
+        "activations": micro_batch_tokens * layers * (d * size if activation_checkpointing else a_block),
+        "passing": max(logits + micro_batch_tokens * a_rest, micro_batch_tokens * gradients),
+    }
+
+
+def activation_bytes(config: MistralConfig, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes that autograd keeps for a token: of one block, and behind the last one.
+
+    A norm keeps its input and its result, attention its queries, keys, values and output, the gate its two
+    inputs and their product; norms and heads also keep a number each in fp32.
+    """
+    size, wide = dtype.itemsize, max(4, dtype.itemsize)
+    heads = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    numbers = 4 * config.hidden_size + heads + 3 * config.intermediate_size
+    block = numbers * size + (2 + config.num_attention_heads) * wide
+    # The last norm; cos and sin of the position; the log-prob, and the row as a number thrice (int64).
+    return block, (2 * config.hidden_size + config.head_dim) * size + 2 * wide + 3 * 8
 
 
 def training_flops(config: MistralConfig, lengths: Tensor) -> float:

@@ -175,15 +175,39 @@ def test_a_tracker_that_is_not_installed_names_the_extra(tmp_path, monkeypatch, 
 
 
 def test_memory_grows_with_what_is_held():
-    def estimate(world_size=1, optim="adamw", tokens=1000, checkpointing=False, dtype=torch.float32) -> float:
+    def estimate(shards=1, optim="adamw", tokens=1000, checkpointing=False, dtype=torch.float32) -> float:
         options = {"activation_checkpointing": checkpointing, "logits_memory": 2.0**30}
-        return metrics.training_memory(TINY, dtype, world_size, optim, micro_batch_tokens=tokens, **options)
+        return metrics.training_memory(TINY, dtype, shards, optim, micro_batch_tokens=tokens, **options)
 
     weights = 4 * TINY.num_parameters()[0]
-    assert estimate() - estimate(2) == pytest.approx(2 * weights)  # weights, gradients, two moments, halved
+    assert estimate(2) - estimate(4) == pytest.approx(weights)  # weights, gradients, two moments, halved
     assert estimate() - estimate(optim="rmsprop") == pytest.approx(weights)
     assert estimate(tokens=2000) > estimate() > estimate(checkpointing=True) > 4 * weights
     assert estimate(dtype=torch.bfloat16) < estimate()
+
+
+@pytest.mark.parametrize("lengths", [[64], [5, 1, 90]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_what_autograd_keeps(lengths, dtype):
+    """Unique storages between forward and backward, in two models that differ by one block."""
+
+    def kept(layers: int) -> int:
+        model = Mistral(replace(TINY, num_hidden_layers=layers), dtype=dtype).init_weights()
+        tokens = torch.arange(sum(lengths)) % TINY.vocab_size
+        parameters = {parameter.data_ptr() for parameter in model.parameters()}
+        storages = {}
+
+        def keep(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(PackedBatch(tokens, tokens, AttentionLayout.packed(lengths)))
+        return sum(storage.nbytes() for at, storage in storages.items() if at not in parameters)
+
+    a_block, _ = metrics.activation_bytes(TINY, dtype)
+    in_layout = 8 * 3 * len(lengths)  # lengths and key ranges, which are not a token's
+    assert abs(kept(3) - kept(2) - sum(lengths) * a_block) <= in_layout
 
 
 def test_the_bar_shows_a_step_without_a_loss(capsys):
