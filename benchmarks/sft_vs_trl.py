@@ -126,6 +126,7 @@ def write_rows(folder: Path, documents: list[np.ndarray], vocab_size: int) -> No
 
 def phoenix_side(pacer: Pacer, folder: Path, group: str, setting: dict, max_length: int) -> None:
     """The loop of recipes/sft.py, with its pieces."""
+    distributed.keep_freed_memory()
     world, config = distributed.World(), read_config(folder / "model")
     store = TokenStore.open(folder / "store")
     plan = make_plan(store, max_length, assistant_only_loss=False)

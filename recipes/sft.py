@@ -243,8 +243,9 @@ def announce(config: SFTConfig, model: MistralConfig, plan: Plan, run: Run, worl
     parameters, in_products = model.num_parameters()
     tokens = plan.num_tokens / len(plan) * min(config.global_batch_size, len(plan))
     memory = metrics.training_memory(
-        model, run.dtype, world.world_size, config.optim, micro_batch_tokens=config.micro_batch_tokens,
-        activation_checkpointing=config.activation_checkpointing, logits_memory=config.logits_memory * 2**30,
+        model, run.dtype, world.world_size // world.dp_replicate, config.optim,
+        micro_batch_tokens=config.micro_batch_tokens, logits_memory=config.logits_memory * 2**30,
+        activation_checkpointing=config.activation_checkpointing,
     )  # fmt: skip
     hours = run.total_steps * tokens * 6 * in_products / (0.5 * run.peak_flops * world.world_size) / 3600
     world.say(
