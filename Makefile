@@ -1,10 +1,13 @@
 # Set-up, tests and checks of Phoenix.  `make` lists the targets; each needs nothing but Python >= 3.11 with venv.
 #   VENV=folder   the virtual environment to make and use        PYTHON=python3.12   the Python that makes it
+#   POINTS=50 SEED=7   kills a stage in soak, and what draws them
 #   ARGS="key=value ..."   passed on by quickstart, test, test-slow, gpu-suite and bench-trl
 
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
+POINTS ?= 50
+SEED ?=
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -16,7 +19,7 @@ PEERS_PIP := .venv-peers/bin/python -m pip --disable-pip-version-check install -
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv .venv-peers bench-trl quickstart test test-slow lint gpu-suite clean
+.PHONY: help .venv .venv-peers bench-trl quickstart test test-slow soak lint gpu-suite clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[.a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -54,6 +57,10 @@ test: $(READY)  ## all tests but those marked slow or gpu
 
 test-slow: $(READY)  ## the long forms
 	$(PYTEST) -m "slow and not gpu" --durations=0 $(ARGS)
+
+soak: $(READY)  ## 50 kills a stage, no time limit; POINTS=, SEED=
+	PHOENIX_TEST_POINTS=$(POINTS) PHOENIX_TEST_SEED=$(SEED) OMP_NUM_THREADS=1 \
+	    $(BIN)/python -m pytest tests/reliability/test_kill.py -m "not slow" -q -rP $(ARGS)
 
 lint: $(READY)  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,7 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _clear_leftovers(path)
         with open(temporary, mode, **text) as file:
             yield file
             file.flush()
@@ -69,18 +71,21 @@ def atomic_write(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path` to fill; when the block ends well, it is synced and renamed to `path`.
 
-    An older folder of that name is replaced as a whole if it is empty or Phoenix wrote it (manifest.json);
-    UserError otherwise.  If the block or the disk fails, nothing stays, and the older folder is as before.
+    What a killed process left of this name goes first; if it was killed between moving the older folder
+    away and putting the new one in its place, the older one comes back.  An older folder of that name is
+    replaced as a whole if it is empty or Phoenix wrote it (manifest.json); UserError otherwise.  If the block
+    or the disk fails, nothing stays, and the older folder is as before.
     """
     path = Path(path).resolve()
     temporary, old = _beside(path, "tmp"), _beside(path, "old")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _clear_leftovers(path)
         if path.exists() and not (path / "manifest.json").is_file() and any(path.iterdir()):
             raise UserError(
                 f"{path}: holds files of others (no manifest.json); choose another folder or move it"
             )
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        temporary.mkdir()
         yield temporary
         for entry in [*temporary.rglob("*"), temporary]:
             sync_folder(entry) if entry.is_dir() else sync_file(entry)
@@ -101,7 +106,33 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def _beside(path: Path, end: str) -> Path:
     if path.name in ("", ".."):
         raise UserError(f"{path}: has no name of its own to write to; write the full path")
-    return path.with_name(f".{path.name}.{os.getpid()}.{end}")
+    return path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.{end}")
+
+
+def _clear_leftovers(path: Path) -> None:
+    """Remove what dead processes of this machine left beside `path`; other machines may share the folder."""
+    ours = re.compile(re.escape(f".{path.name}.{os.uname().nodename}.") + r"(\d{1,9})\.(tmp|old)")
+    for entry in path.parent.iterdir():
+        found = ours.fullmatch(entry.name)
+        if not found or _lives(int(found[1])):
+            continue
+        if found[2] == "old" and not path.exists():
+            os.replace(entry, path)
+        elif entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def _lives(pid: int) -> bool:
+    """Another process has this number; one that has our own is dead, as in a container started again."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return pid != os.getpid()
 
 
 def _cannot_write(path: Path, error: OSError) -> UserError:
@@ -163,6 +194,14 @@ def sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_files(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
+    """UserError names the first file that is not what a manifest's entries (bytes, sha256) say."""
+    for name, entry in entries.items():
+        path = inside(folder, name)
+        if not path.is_file() or path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
+            raise UserError(f"{path}: is missing or not what was written (sha256); copy or make it again")
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from phoenix.files import UserError, atomic_folder, inside, read_json, sha256, write_json
+from phoenix.files import UserError, atomic_folder, check_files, inside, read_json, sha256, write_json
 from phoenix.model.mistral import Mistral, MistralConfig
 
 if TYPE_CHECKING:
@@ -36,6 +36,19 @@ def read_config(folder: Path) -> MistralConfig:
         raise UserError(f"{folder}: there is no such folder; expected a model folder with config.json")
     path = Path(folder) / "config.json"
     return MistralConfig.from_dict(read_json(path, "config.json of a model folder"), str(path))
+
+
+def verify_model(folder: Path) -> None:
+    """Hash the files of a folder that Phoenix wrote; UserError names one that is not what was written.
+
+    A folder of another maker has no manifest.json, and passes.
+    """
+    path = Path(folder) / MANIFEST
+    if path.exists():
+        try:
+            check_files(Path(folder), read_json(path, "manifest of a model folder")["files"])
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(f"{path}: is damaged; copy or make the folder again") from None
 
 
 def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: Any = "cpu") -> Mistral:
@@ -171,40 +184,64 @@ def save_model(
     """Write a folder in Hugging Face layout, whole or not at all; manifest.json (sizes, sha256) comes last.
 
     dtype: that of the written tensors (default: the parameters').  A sharded model is gathered tensor by
-    tensor: all ranks must call, rank 0 writes.  generation_config: what stands in generation_config.json
-    beside bos and eos.  texts: further files by name, such as README.md.
+    tensor: all ranks must call, rank 0 writes; its UserError is raised on all of them.  generation_config:
+    what stands in generation_config.json beside bos and eos.  texts: further files by name (README.md).
     """
-    writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    with atomic_folder(folder) if writes else contextlib.nullcontext() as temporary:
-        shards = _save_tensors(model, temporary, dtype, max_shard_bytes)
-        if temporary is None:
-            return
-        dtype = dtype or next(model.parameters()).dtype
-        config = {**model.config.to_dict(), "torch_dtype": str(dtype).removeprefix("torch.")}
-        write_json(temporary / "config.json", config)
-        ends = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
-        write_json(temporary / "generation_config.json", {**ends, **(generation_config or {})})
-        if tokenizer is not None:
-            tokenizer.save(temporary)
-        for name, text in (texts or {}).items():
-            inside(temporary, name).write_text(text, encoding="utf-8")
-        _name_shards(temporary, shards)
-        files = sorted(path for path in temporary.iterdir() if path.name != MANIFEST)
-        write_json(
-            temporary / MANIFEST,
-            {"files": {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}},
-        )
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    tensors, problem = _whole_tensors(model, dtype), ""
+    try:
+        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+            with atomic_folder(folder) as temporary:
+                shards = _save_tensors(tensors, temporary, max_shard_bytes)
+                dtype = dtype or next(model.parameters()).dtype
+                config = {**model.config.to_dict(), "torch_dtype": str(dtype).removeprefix("torch.")}
+                write_json(temporary / "config.json", config)
+                ends = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
+                write_json(temporary / "generation_config.json", {**ends, **(generation_config or {})})
+                if tokenizer is not None:
+                    tokenizer.save(temporary)
+                for name, text in (texts or {}).items():
+                    inside(temporary, name).write_text(text, encoding="utf-8")
+                _name_shards(temporary, shards)
+                names = sorted(path.name for path in temporary.iterdir())
+                write_json(
+                    temporary / MANIFEST, {"files": {name: _entry(temporary / name) for name in names}}
+                )
+    except UserError as error:
+        if not sharded:
+            raise
+        problem = str(error)
+    finally:
+        for _ in tensors:  # the other ranks wait at each tensor, whatever happened to this one
+            pass
+    if sharded:
+        problems = [problem]
+        torch.distributed.broadcast_object_list(problems)
+        if problems[0]:
+            raise UserError(problems[0])
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _whole_tensors(model: Mistral, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor on the CPU; of a sharded model a collective a tensor."""
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach()
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        yield clean_name(name), tensor.to("cpu", dtype or tensor.dtype).contiguous()
 
 
 def _save_tensors(
-    model: Mistral, folder: Path | None, dtype: torch.dtype | None, max_shard_bytes: int
+    tensors: Iterator[tuple[str, Tensor]], folder: Path, max_shard_bytes: int
 ) -> list[dict[str, int]]:
     """Write the tensors as numbered files; returns the bytes of each file's tensors by name."""
     shards: list[dict[str, int]] = []
     held: dict[str, Tensor] = {}
 
     def write() -> None:
-        if held and folder is not None:
+        if held:
             shards.append({name: tensor.nbytes for name, tensor in held.items()})
             try:
                 save_file(held, folder / f"{len(shards)}.safetensors", metadata={"format": "pt"})
@@ -212,15 +249,10 @@ def _save_tensors(
                 raise OSError(str(error)) from error
         held.clear()
 
-    for name, parameter in model.named_parameters():
-        tensor = parameter.detach()
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if folder is None:
-            continue
-        tensor = tensor.to("cpu", dtype or tensor.dtype).contiguous()
+    for name, tensor in tensors:
         if sum(other.nbytes for other in held.values()) + tensor.nbytes > max_shard_bytes:
             write()
-        held[clean_name(name)] = tensor
+        held[name] = tensor
     write()
     return shards
 

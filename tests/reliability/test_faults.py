@@ -1,0 +1,48 @@
+"""The n-th write, sync or rename fails, once or from then on: a sentence, nothing half-written, and a second
+run that ends as if nothing had happened."""
+
+import errno
+import re
+
+import pytest
+from stages import Stage, assert_same
+
+STAGES = {"prepare": 1, "save": 1, "sft": 1, "sft on two ranks": 2}
+ERRORS = {errno.ENOSPC: "No space left on device", errno.EIO: "Input/output error"}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_spread_of_calls_fails(children, inputs, root, draw, name):
+    fail_and_compare(children, Stage(name, inputs, STAGES[name]), root, draw, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STAGES)
+def test_every_call_fails(children, inputs, root, draw, name):
+    """Every one up to the fiftieth; of a stage with more, fifty over all."""
+    fail_and_compare(children, Stage(name, inputs, STAGES[name]), root, draw, 50)
+
+
+def fail_and_compare(children, stage: Stage, root, draw, points: int) -> None:
+    whole = children.run(stage.job(root / "whole"))
+    expected = stage.result(root / "whole")
+    count = min(points, whole.calls)
+    places = [1 + (whole.calls - 1) * number // max(1, count - 1) for number in range(count)]
+    failed = 0
+    for at in places:
+        place, error = root / str(at), draw.choice(list(ERRORS))
+        action = draw.choice(["fail once", "fail on"])
+        job = children.run(stage.job(place), at, action, error=error)
+        where = f"call {at} of {whole.calls}, {action}, {ERRORS[error]}: {job.codes}\n{job.output[-2000:]}"
+        stage.assert_sound(place)
+        assert job.codes[0] in (0, 2), where  # a disk that fails for rank 0 alone may end others with 1
+        if job.codes[0] == 2:
+            failed += 1
+            [sentence] = re.findall("error: .*", job.output)
+            assert str(place) in sentence, where
+            assert "Traceback" not in job.output or stage.world_size > 1, where
+        again = children.run(stage.job(place))
+        assert not any(again.codes), again.output
+        assert_same(stage.result(place), expected, where)
+    print(f"{stage.name}: {len(places)} of {whole.calls} calls failed, {failed} ended the run")
+    assert 2 * failed >= len(places)
