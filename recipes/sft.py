@@ -11,7 +11,6 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import import_gguf
 import prepare
@@ -78,14 +77,6 @@ class SFTConfig:
     report_to: tuple[str, ...] = option("further views of the metrics: tensorboard, wandb", ())
 
 
-class Run(NamedTuple):
-    """What follows from config and data: steps, dtype of the computation, FLOP/s that a device reaches."""
-
-    total_steps: int
-    dtype: torch.dtype
-    peak_flops: float
-
-
 def main(config: SFTConfig) -> Path:
     """Train; returns the folder of the trained model.  Raises UserError, or Interrupted after a signal."""
     check(config)
@@ -109,7 +100,7 @@ def main(config: SFTConfig) -> Path:
 
         dtype = distributed.resolve_dtype(config.dtype, world.device)
         peak = metrics.peak_flops(world.device, dtype)
-        announce(config, model_config, plan, Run(total_steps, dtype, peak), world)
+        announce(config, model_config, plan, world, total_steps=total_steps, dtype=dtype, peak_flops=peak)
         model = meta_model(model_config).float()
         model.neftune_noise_alpha = config.neftune_noise_alpha
         model.logits_memory = int(config.logits_memory * 2**30)
@@ -122,7 +113,7 @@ def main(config: SFTConfig) -> Path:
         )  # fmt: skip
 
         counts = dict.fromkeys(("step", "num_tokens", "skipped_steps", "skipped_in_a_row"), 0)
-        state = {**counts, **identity(config, store)}
+        state = {**counts, "recent_losses": [], **identity(config, store)}
         checkpoints = config.output_dir / "checkpoints"
         if saved := checkpoint.find_checkpoints(checkpoints):
             state = checkpoint.load_checkpoint(saved[-1], model, optimizer, world, identity(config, store))
@@ -140,9 +131,8 @@ def main(config: SFTConfig) -> Path:
 
         for step in range(state["step"], total_steps):
             start, batch = time.perf_counter(), loader.global_batch(step)
-            sums, losses = torch.zeros(3, dtype=torch.float64, device=world.device), {}
+            sums, losses, flops = torch.zeros(3, dtype=torch.float64, device=world.device), {}, 0.0
             model.train()
-            flops = 0.0
             for index, micro in batch.share(world.rank, world.world_size):
                 distributed.seed_step(config.seed, step, index)
                 stats = model(micro.to(world.device), stats=True)
@@ -158,26 +148,29 @@ def main(config: SFTConfig) -> Path:
             learning_rate = config.learning_rate * learning_rate_factor(
                 config.lr_scheduler_type, step, config.schedule_steps or total_steps, warmup_steps
             )
+            values, flags = metrics.sft_metrics(sums, batch.num_target_tokens), {}
             if math.isfinite(grad_norm):
+                if metrics.is_spike(state["recent_losses"], values["loss"]):
+                    flags = {"loss_spike": True}
+                    saver.save(state)  # what was before it
                 distributed.scale_gradients(model, grad_norm, config.max_grad_norm)
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate
                 optimizer.step()
                 state["skipped_in_a_row"] = 0
-                skipped = {}
+                state["recent_losses"] = [*state["recent_losses"], values["loss"]][-metrics.SPIKE_WINDOW :]
             else:  # on all ranks alike, since all have the same norm
                 state["skipped_steps"] += 1
                 state["skipped_in_a_row"] += 1
-                skipped = {"skipped_rows": bad_rows(losses, batch, world)}
+                flags = {"skipped_rows": bad_rows(losses, batch, world)}
             optimizer.zero_grad()
             state["step"], state["num_tokens"] = step + 1, state["num_tokens"] + batch.num_tokens
 
             seconds = time.perf_counter() - start
             row = log.log(
-                step + 1, **metrics.sft_metrics(sums, batch.num_target_tokens), grad_norm=grad_norm,
-                learning_rate=learning_rate, epoch=batch.epoch, num_tokens=state["num_tokens"],
-                skipped_steps=state["skipped_steps"], **skipped, step_seconds=seconds,
-                tokens_per_second=batch.num_tokens / seconds, time=time.time(),
+                step + 1, **values, grad_norm=grad_norm, learning_rate=learning_rate, epoch=batch.epoch,
+                num_tokens=state["num_tokens"], skipped_steps=state["skipped_steps"], **flags,
+                step_seconds=seconds, tokens_per_second=batch.num_tokens / seconds, time=time.time(),
                 mfu=float(flops) / seconds / peak / world.world_size,
                 peak_memory_gib=metrics.peak_memory_gib(world.device),
             )  # fmt: skip
@@ -188,7 +181,7 @@ def main(config: SFTConfig) -> Path:
                 saver.finish()
                 raise UserError(
                     f"the gradient was not finite in {config.max_skipped_steps} steps in a row, the last of "
-                    f"them step {step + 1} ({skipped['skipped_rows'][:3]}); look at these rows, lower "
+                    f"them step {step + 1} ({flags['skipped_rows'][:3]}); look at these rows, lower "
                     "learning_rate, or set dtype=float32"
                 )
             last = step + 1 == total_steps
@@ -238,22 +231,25 @@ def identity(config: SFTConfig, store: TokenStore) -> dict:
     return {"model_name_or_path": str(config.model_name_or_path), "store": store.digest, **fields}
 
 
-def announce(config: SFTConfig, model: MistralConfig, plan: Plan, run: Run, world: World) -> None:
+def announce(
+    config: SFTConfig, model: MistralConfig, plan: Plan, world: World,
+    *, total_steps: int, dtype: torch.dtype, peak_flops: float,
+) -> None:  # fmt: skip
     """The first lines say what will happen, before anything is loaded."""
     parameters, in_products = model.num_parameters()
     tokens = plan.num_tokens / len(plan) * min(config.global_batch_size, len(plan))
     memory = metrics.training_memory(
-        model, run.dtype, world.world_size // world.dp_replicate, config.optim,
+        model, dtype, world.world_size // world.dp_replicate, config.optim,
         micro_batch_tokens=config.micro_batch_tokens, logits_memory=config.logits_memory * 2**30,
         activation_checkpointing=config.activation_checkpointing,
     )  # fmt: skip
-    hours = run.total_steps * tokens * 6 * in_products / (0.5 * run.peak_flops * world.world_size) / 3600
+    hours = total_steps * tokens * 6 * in_products / (0.5 * peak_flops * world.world_size) / 3600
     world.say(
-        f"{parameters / 1e6:.1f}M parameters, {run.dtype} on {world.world_size} x {world.device}\n"
+        f"{parameters / 1e6:.1f}M parameters, {dtype} on {world.world_size} x {world.device}\n"
         f"{len(plan)} rows of up to {config.max_length} tokens, {plan.fill_rate:.1%} filled; "
-        f"{run.total_steps} steps of about {tokens:.0f} tokens\n"
+        f"{total_steps} steps of about {tokens:.0f} tokens\n"
         f"memory a rank: about {memory / 2**30:.1f} GiB; time: about {hours:.2g} h at half of the measured "
-        f"{run.peak_flops / 1e9:.0f} GFLOP/s\nrun folder: {config.output_dir}"
+        f"{peak_flops / 1e9:.0f} GFLOP/s\nrun folder: {config.output_dir}"
     )
 
 

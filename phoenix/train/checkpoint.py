@@ -69,10 +69,12 @@ class CheckpointWriter:
         return self.thread is not None and self.thread.is_alive()
 
     def save(self, state: dict[str, Any], *, wait: bool = False) -> None:
-        """Begin the checkpoint of state["step"]; an earlier one is finished first.  wait: finish this one
-        too.  Raises UserError."""
+        """Begin the checkpoint of state["step"], unless it is there: a run that goes on from it would write
+        the same.  An earlier one is finished first.  wait: finish this one too.  Raises UserError."""
         self.finish()
         path = self.folder / f"step_{state['step']:06d}"
+        if self.world.broadcast((path / MANIFEST).is_file()):
+            return
         state = {**state, "optimizer_step": _optimizer_step(self.optimizer)}
         self.pending = path, {"format": FORMAT_VERSION, "state": state, "shapes": _shapes(self.model)}
         self.world.on_main(self._begin)

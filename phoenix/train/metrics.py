@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import os
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 # Fields of metrics.jsonl that are times or memory; all others are the same in every run of the same config.
 TIMING = ("step_seconds", "tokens_per_second", "mfu", "peak_memory_gib", "time")
+SPIKE, SPIKE_WINDOW = 10, 50  # times the median loss of so many steps
 
 
 def sft_sums(stats: LabelStats) -> Tensor:
@@ -39,6 +41,11 @@ def sft_metrics(sums: Sequence[float], num_target_tokens: int, prefix: str = "")
     """Means over the target tokens of all ranks: loss (nats), entropy (nats), mean_token_accuracy."""
     names = ("loss", "entropy", "mean_token_accuracy")
     return {prefix + name: float(value) / num_target_tokens for name, value in zip(names, sums)}
+
+
+def is_spike(recent_losses: Sequence[float], loss: float) -> bool:
+    """A loss of SPIKE times the median of the steps before it, or more; with less than 5 of them none is."""
+    return len(recent_losses) >= 5 and loss >= SPIKE * statistics.median(recent_losses)
 
 
 class MetricsLog:

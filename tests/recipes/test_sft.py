@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -414,6 +415,48 @@ def test_too_many_such_steps_in_a_row_end_the_run(inputs, tmp_path):
         sft.main(config)
     assert status(tmp_path)[0] == 2 and not (tmp_path / "model").exists()
     assert [row["skipped_steps"] for row in reproducible(tmp_path) if "loss" in row] == [1, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def spiking(inputs) -> dict:
+    """A model that gives one token a log-prob of minus thousands: the loss of its row spikes."""
+    [token] = Tokenizer.from_pretrained(inputs.tokenizer).encode(POISON)
+    folder = inputs.folder / "spiking_model"
+    shutil.copytree(inputs.model("base"), folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][:, 0] = 3.0  # so one hidden number is positive in every row
+    tensors["lm_head.weight"][token, 0] = -2e4
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    store = inputs.store("poisoned", poisoned=11, eval_fraction=0.0)
+    steps = {"max_steps": 16, "save_steps": 999, "save_total_limit": 99, "eval_steps": 999}
+    return {"model_name_or_path": folder, "store": store, **steps}
+
+
+def test_a_loss_that_spikes_is_kept_flagged_and_saved_before(inputs, spiking, tmp_path, two_ranks):
+    one = inputs.config(tmp_path / "one", **spiking)
+    sft.main(one)
+    rows, losses, expected = [row for row in reproducible(one.output_dir) if "loss" in row], [], []
+    for row in rows:
+        if len(losses) >= 5 and row["loss"] >= 10 * statistics.median(losses):
+            expected.append(row["step"])
+        losses.append(row["loss"])
+    assert expected and [row["step"] for row in rows if row.get("loss_spike")] == expected
+    assert rows[-1]["skipped_steps"] == 0
+    checkpoints = sorted((one.output_dir / "checkpoints").iterdir())
+    assert [path.name for path in checkpoints] == [
+        f"step_{step:06d}" for step in (*[n - 1 for n in expected], 16)
+    ]
+
+    two = inputs.config(tmp_path / "two", **spiking)
+    shutil.copytree(one.output_dir, two.output_dir)
+    for path in (*sorted((two.output_dir / "checkpoints").iterdir())[1:], two.output_dir / "model"):
+        shutil.rmtree(path)  # as if it had been killed in the step after the spike
+    sft.main(two)
+    assert_same_run(two.output_dir, one.output_dir)
+    ranks = inputs.config(tmp_path / "ranks", **spiking)
+    two_ranks(run_on_ranks, ranks)
+    flagged = [row["step"] for row in reproducible(ranks.output_dir) if row.get("loss_spike")]
+    assert flagged == expected
 
 
 # Files that do not fit.

@@ -174,6 +174,15 @@ def test_a_tracker_that_is_not_installed_names_the_extra(tmp_path, monkeypatch, 
         metrics.MetricsLog(tmp_path, step=-1, report_to=[name])
 
 
+@pytest.mark.parametrize(
+    "recent, loss, spikes",
+    [([], 99.0, False), ([1.0] * 4, 99.0, False), ([1.0] * 5, 10.0, True), ([1.0] * 5, 9.99, False),
+     ([1.0, 1.0, 1.0, 50.0, 50.0], 11.0, True), ([1.0] * 5, math.nan, False)],
+)  # fmt: skip
+def test_a_spike_is_ten_times_the_median_of_at_least_five_steps(recent, loss, spikes):
+    assert metrics.is_spike(recent, loss) is spikes
+
+
 def test_memory_grows_with_what_is_held():
     def estimate(shards=1, optim="adamw", tokens=1000, checkpointing=False, dtype=torch.float32) -> float:
         options = {"activation_checkpointing": checkpointing, "logits_memory": 2.0**30}
