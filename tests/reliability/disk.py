@@ -68,6 +68,13 @@ class Disk:
         elif event.kind == "fsync":
             entry.safe = bytes(entry.now) if isinstance(entry, File) else dict(entry.now)
 
+    def keep(self, path: Path) -> None:
+        """Take a file for safe as it is now."""
+        folder, name = self.find(str(path))
+        if name in folder.now:
+            folder.safe[name] = folder.now[name]
+            folder.now[name].safe = bytes(folder.now[name].now)
+
     def _moved_unseen(self, folder: Folder, name: str, file: File) -> None:
         for old in [other for other, entry in folder.now.items() if entry is file]:
             del folder.now[old]

@@ -76,6 +76,11 @@ class Stage:
             assert_whole(newest.parent)
 
 
+# Two ranks take a second to find each other, so their run is shorter.
+TWO_RANKS = {"world_size": 2, "changes": {"max_steps": 3, "eval_steps": 3, "sample_max_new_tokens": 1}}
+STAGES = {"prepare": {}, "save": {}, "sft": {}, "sft on two ranks": TWO_RANKS}
+
+
 def names(root: Path) -> set[Path]:
     """Every path, since nothing may be left behind; but of the checkpoints the newest alone.
 

@@ -6,22 +6,21 @@ import re
 
 import pytest
 from children import KINDS
-from stages import Stage, assert_same
+from stages import STAGES, Stage, assert_same
 
-STAGES = {"prepare": 1, "save": 1, "sft": 1, "sft on two ranks": 2}
 ERRORS = {errno.ENOSPC: "No space left on device", errno.EIO: "Input/output error"}
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_spread_of_calls_fails(children, inputs, root, draw, name):
-    fail_and_compare(children, Stage(name, inputs, STAGES[name]), root, draw, 5)
+    fail_and_compare(children, Stage(name, inputs, **STAGES[name]), root, draw, 5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STAGES)
 def test_every_call_fails(children, inputs, root, draw, name):
     """Every one up to the fiftieth; of a stage with more, fifty over all."""
-    fail_and_compare(children, Stage(name, inputs, STAGES[name]), root, draw, 50)
+    fail_and_compare(children, Stage(name, inputs, **STAGES[name]), root, draw, 50)
 
 
 def test_all_ranks_hear_of_a_disk_that_is_full_for_the_model(children, inputs, root):

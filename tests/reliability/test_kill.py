@@ -7,26 +7,26 @@ comes to its end; then its result is compared with an uninterrupted run's.
     PHOENIX_TEST_POINTS=50 PHOENIX_TEST_SEED=7    more points a stage; the seed that a failure printed
 """
 
+import dataclasses
 import os
 import shutil
 
 import pytest
 from children import KILLS, KINDS
-from stages import Stage, assert_same
+from stages import STAGES, Stage, assert_same
 
-STAGES = {"prepare": 1, "save": 1, "sft": 1, "sft on two ranks": 2}
 POINTS = int(os.environ.get("PHOENIX_TEST_POINTS") or 5)
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_killed_at_random(children, inputs, root, draw, name):
-    kill_and_compare(children, Stage(name, inputs, STAGES[name]), root, draw, POINTS)
+    kill_and_compare(children, Stage(name, inputs, **STAGES[name]), root, draw, POINTS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STAGES)
 def test_killed_at_ten_random_points(children, inputs, root, draw, name):
-    kill_and_compare(children, Stage(name, inputs, STAGES[name]), root, draw, 10)
+    kill_and_compare(children, Stage(name, inputs, **STAGES[name]), root, draw, 10)
 
 
 @pytest.mark.slow
@@ -50,7 +50,7 @@ def test_no_checkpoint_too_many_after_a_kill_before_the_older_ones_go(children, 
 
 
 def kill_and_compare(children, stage: Stage, root, draw, points: int) -> None:
-    whole = children.run(Stage(stage.name, stage.inputs, stage.world_size).job(root / "whole"))
+    whole = children.run(dataclasses.replace(stage, torchrun=False).job(root / "whole"))
     assert not any(whole.codes), whole.output
     expected, place = stage.result(root / "whole"), root / "killed"
     kills = inside = finished = 0
