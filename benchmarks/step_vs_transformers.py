@@ -168,11 +168,12 @@ def main() -> int:
         "--model", help="a model folder; default: random weights in the shape of the peer model"
     )
     parser.add_argument("--output", type=Path, default=RESULTS, help="where the JSON goes")
+    parser.add_argument("--repeats", type=int, default=5, help="passes over the rows that are timed")
     parser.add_argument("--quick", action="store_true", help="a tiny model, short rows and one repeat")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    max_length, repeats = (128, 1) if options.quick else (2048, 5)
+    max_length, repeats = (128, 1) if options.quick else (2048, options.repeats)
     report = {"environment": environment(["torch", "transformers"]), "quick": options.quick,
               "model": options.model or "random", "tokens_per_step": max_length, "rows": ROWS,
               "repeats": repeats}  # fmt: skip
