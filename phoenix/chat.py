@@ -113,8 +113,8 @@ def render_text(text: str, tokenizer: Tokenizer) -> Rendered:
 
 def template(name: str) -> Template:
     """The template of that name; UserError names the nearest one."""
-    if name not in TEMPLATES:
-        near = difflib.get_close_matches(name, TEMPLATES, n=1)
+    if not isinstance(name, str) or name not in TEMPLATES:
+        near = difflib.get_close_matches(str(name), TEMPLATES, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(TEMPLATES)}"
         raise UserError(f"there is no chat template {name!r}; {hint}")
     return TEMPLATES[name]

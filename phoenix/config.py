@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 from phoenix.files import Interrupted, UserError, atomic_write
 
 Config = TypeVar("Config")
+MAX_NAME, MAX_PATH = 255, 4095  # bytes that Linux takes
 
 
 def option(
@@ -67,6 +68,8 @@ def load_config(kind: type[Config], arguments: list[str], default_file: Path | N
     path = Path(files[0]) if files else default_file
     values = _read_toml(kind, path) if path is not None else {}
     for argument in arguments:
+        if re.search("[\ud800-\udfff]", argument):  # it could not be written into config.toml or a manifest
+            raise UserError(f"command line, {argument!r}: is not UTF-8; correct the value")
         key, equals, text = argument.partition("=")
         if equals:
             field = _field(kind, key, f"command line, {argument!r}")
@@ -218,6 +221,8 @@ def _convert(field: tuple[dataclasses.Field, Any], value: Any, where: str) -> An
             _check_choices(definition, converted, where)
             return converted
     expected = _type_name(annotation)
+    if isinstance(value, str | list) and value and "path" in expected:
+        expected += f" without control characters, its names of at most {MAX_NAME} bytes"
     raise UserError(f"{where}: {definition.name} is {value!r}; expected {expected}; correct the value")
 
 
@@ -241,6 +246,14 @@ def _float(_kind: Any, value: Any) -> float | None:
     return None if number is None or math.isnan(number) else number
 
 
+def _path(_kind: Any, value: Any) -> Path | None:
+    """Refuses what no disk takes, and a line break, which would make two lines of one in a log."""
+    if not isinstance(value, str) or not value or re.search(r"[\0-\x1f\x7f]", value):
+        return None
+    names = value.encode().split(b"/")
+    return Path(value) if max(map(len, names)) <= MAX_NAME and len(value.encode()) <= MAX_PATH else None
+
+
 def _tuple(kind: Any, value: Any) -> tuple | None:
     """tuple[float, ...] takes a list of any length, tuple[float, float] one of two numbers."""
     kinds = typing.get_args(kind)
@@ -256,7 +269,7 @@ _CONVERSIONS = {
     int: lambda kind, value: value if isinstance(value, int) and not isinstance(value, bool) else None,
     float: _float,
     str: lambda kind, value: value if isinstance(value, str) else None,
-    Path: lambda kind, value: Path(value) if isinstance(value, str) and value else None,
+    Path: _path,
     tuple: _tuple,
 }
 

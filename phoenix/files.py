@@ -20,8 +20,12 @@ from typing import IO, Any
 class UserError(Exception):
     """One sentence for the person at the terminal: where, what was found, what was expected, what to do.
 
-    Recipes print it after `error:` without a traceback and exit with 2.
+    Recipes print it after `error:` without a traceback and exit with 2.  What a name out of a file puts into
+    it stays one line of plain text: no line break, no command to the terminal, no half of a surrogate pair.
     """
+
+    def __str__(self) -> str:
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
 
 
 class Interrupted(Exception):  # noqa: N818

@@ -36,7 +36,8 @@ class Tokenizer:
     starts with sentencepiece's "▁", as text at the very start does (`</s>\\n` is 2 28705 13, otherwise 2 13);
     prefix: whether there is such a "▁"; vocab_size: largest id + 1 (a model may have more rows);
     chat_template: the name in chat.TEMPLATES that the folder states, or None, jinja: the text that it states
-    for other programs (chat.apply_template sets both); digest: hex sha256 of all that decides the ids.
+    for other programs (chat.apply_template sets both); max_token_bytes: of the longest token's text; digest:
+    hex sha256 of all that decides the ids.
     Raises UserError for a folder without tokenizer files, and for broken ones.
     """
 
@@ -60,6 +61,7 @@ class Tokenizer:
         self.vocab_size = len(self._pieces)
         self.bos_id = self._ids.get(names["bos"]) if stated.get("add_bos_token", adds_bos) else None
         self.eos_id = self._ids.get(names["eos"])
+        self.max_token_bytes = max(map(len, self._texts))
         self.legacy = self.prefix and bool(stated.get("legacy", self.legacy))
         self.chat_template: str | None = stated.get("phoenix_chat_template")
         self.jinja: str | None = stated.get("chat_template")
@@ -285,4 +287,5 @@ def _steps(node: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
 
 
 def _text(token: Any) -> str | None:
-    return token.get("content") if isinstance(token, dict) else token
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None

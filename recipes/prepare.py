@@ -124,7 +124,11 @@ def check(config: PrepareConfig) -> None:
 
 def closed(writer: StoreWriter, counts: Counter) -> dict[str, Any]:
     if not writer.rows:
-        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "the input has none"
+        if not counts:
+            raise UserError(
+                "input: the files hold no row at all; expected rows of a known format; give others"
+            )
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
         do = "change eval_fraction (0: none held out)" if counts["kept"] else "look at these filters"
         raise UserError(f"no row is left for the split {writer.split!r}: {reasons}; {do}")
     return writer.close()
@@ -149,7 +153,7 @@ class Renderer:
     def outcome(self, path: Path, line: int, raw: dict[str, Any]) -> Outcome:
         try:
             row = to_row(raw, (path, line), self.config.kind)
-            dropped = why_dropped(row)
+            dropped = why_dropped(row) or self.surely_too_long(row)
             documents = () if dropped else self.documents(row)
         except (UserError, ValueError) as error:  # ValueError: a character without a token
             if self.config.on_bad_row == "drop":
@@ -176,6 +180,18 @@ class Renderer:
                 raise ValueError(f"the template {self.template} changes a prompt by what follows it")
             answers.append(tuple(part[len(tokens) :] for part in whole))
         return (tokens, np.zeros_like(loss_mask), is_template), *answers
+
+    def surely_too_long(self, row: Conversation | PreferencePair | Text) -> str | None:
+        """Known by the characters alone: the tokens of a line of 60 MB would take half a minute and 3 GB."""
+        if isinstance(row, Text):
+            texts = [row.text]
+        else:
+            pair = isinstance(row, PreferencePair)
+            turns = (*row.prompt, *row.chosen, *row.rejected) if pair else row.messages
+            texts = [turn["content"] for turn in turns]
+        longest = max(map(len, texts))
+        limit = self.config.max_length * self.tokenizer.max_token_bytes
+        return "too_long" if longest > limit else None
 
     def why_dropped(self, documents: tuple[Arrays, ...]) -> str | None:
         first, *answers = (len(tokens) for tokens, _, _ in documents)

@@ -187,6 +187,9 @@ def test_plain_text(small):
 def test_names_and_digests():
     with pytest.raises(UserError, match="did you mean 'chatml'"):
         chat.template("chatlm")
+    for name in ("../x", "chatml\0", ["chatml"], None, 3):
+        with pytest.raises(UserError, match="there is no chat template"):
+            chat.template(name)
     digests = {chat.template_digest(name) for name in chat.TEMPLATES}
     assert len(digests) == len(chat.TEMPLATES) and all(len(digest) == 64 for digest in digests)
 

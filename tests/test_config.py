@@ -1,6 +1,7 @@
 """Configs: values of the annotated type or one sentence that names place, value and what to write."""
 
 import dataclasses
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +129,33 @@ def test_errors_in_a_file_name_the_line(tmp_path, text, message):
         from_file(tmp_path, text)
 
 
+@pytest.mark.parametrize(
+    "name", ["a\0b", "a\nb", "a\rb", "\x1b[2J", "a\x7f", "x" * 256, "ä" * 128, "y/" * 2048]
+)
+def test_a_path_that_no_disk_takes_or_no_line_holds_is_refused(tmp_path, name):
+    for argument in (f"store={name}", f"store={json.dumps(name)}"):
+        with pytest.raises(
+            UserError, match=r"store is .*; expected path without control characters"
+        ) as error:
+            load_config(Settings, [argument])
+        assert str(error.value).isprintable()
+    with pytest.raises(UserError, match=r"c\.toml, line 1: store is "):
+        from_file(tmp_path, f"store = {json.dumps(name)}\n".replace("\x7f", "\\u007f"))
+
+
+@pytest.mark.parametrize(
+    "name", ["x" * 255, "../a", "/a/../b", "CON", "mit Leerzeichen/größe", "a\u202fb", "~"]
+)
+def test_a_path_that_looks_odd_is_taken_as_it_stands(name):
+    assert load_config(Settings, [f"store={name}"]).store == Path(name)
+
+
+def test_an_argument_that_is_no_utf_8_is_refused():
+    for argument in ("store=z\udcff", 'report_to=["\udcff"]', "note=\udcff", "\udcff.toml"):
+        with pytest.raises(UserError, match=r"command line, .*udcff.*: is not UTF-8|no such config file"):
+            load_config(Settings, [argument])
+
+
 def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "latin1.toml").write_bytes(b'note = "\xe4"')
     for path, message in (
@@ -147,7 +175,9 @@ def test_files_that_cannot_be_read(tmp_path):
 @given(
     st.builds(
         Settings,
-        store=st.text(st.characters(codec="utf-8"), min_size=1).map(Path),
+        store=st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size=1, max_size=60).map(
+            Path
+        ),
         learning_rate=st.floats(allow_nan=False),
         max_steps=st.none() | st.integers(-(2**63), 2**63 - 1),
         compile=st.booleans(),

@@ -218,6 +218,12 @@ def test_any_name_stays_inside_or_is_refused(name):
     json.dumps(name).encode()
 
 
+@given(st.text(st.characters(exclude_categories=[])))
+def test_an_error_is_one_line_of_text_whatever_it_quotes(name):
+    text = str(UserError(f"rows.jsonl, line 3: found {name}; correct it"))
+    assert text.isprintable() and text.encode() and (not name.isprintable() or name in text)
+
+
 def test_require_names_the_extra():
     assert require("json", extra="data") is json
     with pytest.raises(UserError, match=r"'no_such_package'.*pip install 'phoenix-lm\[data\]'"):

@@ -71,11 +71,11 @@ def to_row(row: dict[str, Any], where: tuple[Path, int], kind: str = "documents"
     try:
         row_type, convert = _format_of(row, kind)
         content = convert(row)
+        source = _text(str(row.get("source") or row.get("data_source") or Path(path).name), "source")
+        licence = _text(str(row.get("license") or row.get("licence") or ""), "license")
     except RowError as error:
         raise RowError(f"{path}, line {line}: {error}") from None
-    source = row.get("source") or row.get("data_source") or Path(path).name
-    licence = row.get("license") or row.get("licence")
-    return row_type(*content, str(source), str(licence) if licence else None, line)
+    return row_type(*content, source, licence or None, line)
 
 
 def messages(row: dict) -> tuple:

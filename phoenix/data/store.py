@@ -12,6 +12,7 @@ store of kind "pairs" a row is three documents: prompt, chosen, rejected.
 
 import array
 import hashlib
+import tokenize
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,10 @@ class TokenStore:
             if split not in manifest["splits"]:
                 raise UserError(f"{folder}: no split {split!r}; it has {', '.join(manifest['splits'])}")
             entries = [shard["files"] for shard in manifest["splits"][split]["shards"]]
+            if not isinstance(manifest["chat_template"], str):
+                raise TypeError("chat_template is no name")
+            if not all(isinstance(entry["path"], str) for entry in manifest["inputs"]):
+                raise TypeError("the inputs have no paths")
             shards = [
                 {name: _array(folder, file, verify) for name, file in files.items()} for files in entries
             ]
@@ -113,7 +118,8 @@ class TokenStore:
         """File and line of the rows whose documents touch the stream's rows [start, end)."""
         first, last = self.offsets.searchsorted([start, end - 1], side="right") - 1
         origin = np.concatenate([shard["origin"] for shard in self.shards])[first : last + 1]
-        return [f"{self.manifest['inputs'][file]['path']}, line {line}" for file, line in origin]
+        names = dict(enumerate(entry["path"] for entry in self.manifest["inputs"]))
+        return [f"{names.get(file, f'input {file}')}, line {line}" for file, line in origin.tolist()]
 
 
 class StoreWriter:
@@ -175,10 +181,17 @@ def _array(folder: Path, entry: dict, verify: bool) -> np.ndarray:
         )
     if verify and sha256(path) != entry["sha256"]:
         raise UserError(f"{path}: is not what was written (other sha256); prepare the store again")
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    try:  # not np.load, which opens a zip file, too
+        return np.lib.format.open_memmap(path, mode="r")
+    except (tokenize.TokenError, SyntaxError) as error:  # numpy lets these out for some headers
+        raise ValueError(f"{path.name}: {error}") from None
 
 
 def _lengths(shard: dict[str, np.ndarray]) -> np.ndarray:
+    kinds = {name: (values.dtype.str, values.shape[1:]) for name, values in shard.items()}
+    tokens, expected = kinds.pop("tokens"), {"loss_mask": ("|b1", ()), "offsets": ("<i8", ())}
+    if tokens not in (("<u2", ()), ("<i4", ())) or kinds != {**expected, "origin": ("<i8", (2,))}:
+        raise ValueError("a shard's arrays have other types or shapes")
     offsets, lengths = shard["offsets"], np.diff(shard["offsets"])
     sizes = (len(shard["tokens"]), len(shard["loss_mask"]))
     if offsets[0] or lengths.min() < 1 or sizes != (offsets[-1],) * 2 or len(shard["origin"]) != len(lengths):

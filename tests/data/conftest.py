@@ -27,6 +27,7 @@ def make_store(tmp_path):
             "format_version": FORMAT_VERSION,
             "kind": kind,
             "tokenizer_digest": "abc",
+            "chat_template": "chatml",
             "splits": splits,
         }
         write_json(tmp_path / MANIFEST, {**manifest, "inputs": inputs})

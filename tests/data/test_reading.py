@@ -3,9 +3,11 @@ import gzip
 import json
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from phoenix.data import reading
-from phoenix.data.reading import read_rows
+from phoenix.data.reading import READERS, read_rows
 from phoenix.files import UserError
 
 ROWS = [{"text": "Grüße, „Welt“ 🙂"}, {"text": "zwei\nZeilen", "n": 2}, {"text": "c\u2028d"}]
@@ -62,7 +64,10 @@ GOOD = b'{"text": "a"}\n'
         (b'{"text": "cut', "JSONDecodeError"),
         (b'{"text": "a" "b"}\n', "JSONDecodeError"),
         (b'{"text": "\xff"}\n', "UnicodeDecodeError"),
-        (b'{"text": "a\x00"}\n', "NUL"),
+        (b'{"text": "a\x00"}\n', "holds a NUL byte"),
+        (b'{"text": "\xed\xa0\x80"}\n', "UnicodeDecodeError"),  # half a surrogate pair
+        (b'\xef\xbb\xbf{"text": "a"}\n', "BOM"),  # accepted at the start of a file alone
+        (b'{"messages": [{"role": "user", "role": "user"}]}\n', "stands twice"),
         (b'{"text": "a", "text": "b"}\n', "stands twice"),
         (b"[" * 100_000 + b"\n", "RecursionError|nest"),
         (b'{"n": ' + b"9" * 5000 + b"}\n", "ValueError"),
@@ -111,7 +116,19 @@ def test_a_huge_line_and_a_gzip_bomb_stop_early(tmp_path, monkeypatch):
         ("b.jsonl.gz", gzip.compress(b"\n" * 2**22)),
     ):
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(UserError, match="1000 bytes"):
+        reason = "line 2: .*longer than 1000 bytes" if name == "a.jsonl" else "gzip that holds more than 200"
+        with pytest.raises(UserError, match=reason):
             list(read_rows(tmp_path / name))
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(GOOD * 500))
     assert len(list(read_rows(tmp_path / "c.jsonl.gz"))) == 500
+
+
+@given(st.binary(max_size=60), st.sampled_from(sorted(READERS.keys() - {".parquet"})), st.booleans())
+@settings(suppress_health_check=list(HealthCheck))
+def test_any_bytes_give_rows_or_one_sentence_with_its_place(tmp_path, data, ending, appended):
+    path = tmp_path / f"a{ending}"
+    path.write_bytes(GOOD * appended + data)
+    try:
+        assert all(isinstance(row, dict) for _, row in read_rows(path))
+    except UserError as error:
+        assert f"{path}, " in str(error) and str(error).isprintable()

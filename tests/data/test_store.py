@@ -2,6 +2,8 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from phoenix.data.store import MANIFEST, TokenStore
 from phoenix.files import UserError
@@ -122,6 +124,48 @@ def test_a_manifest_that_lies_is_refused(make_store):
             TokenStore.open(store.folder)
     (store.folder / MANIFEST).unlink()
     with pytest.raises(UserError, match=r"manifest.json: there is no such file.*token store"):
+        TokenStore.open(store.folder)
+
+
+@pytest.mark.parametrize("lie", [
+    {"chat_template": None}, {"chat_template": ["chatml"]}, {"inputs": None}, {"inputs": [{}]},
+])  # fmt: skip
+def test_what_a_run_needs_later_is_checked_when_the_store_is_opened(make_store, lie):
+    store, _ = make_store(LENGTHS)
+    change(store.folder, **lie)
+    with pytest.raises(UserError, match="the store is damaged"):
+        TokenStore.open(store.folder)
+
+
+def test_a_row_of_an_input_that_the_manifest_lacks_is_named_by_number(make_store):
+    store, _ = make_store(LENGTHS)
+    change(store.folder, inputs=[])
+    assert TokenStore.open(store.folder).origins(0, 1) == ["input 0, line 1"]
+
+
+@given(st.data())
+@settings(max_examples=200, suppress_health_check=list(HealthCheck))
+def test_any_change_of_a_header_gives_arrays_of_the_right_kind_or_one_sentence(make_store, data):
+    store, _ = make_store([7, 1, 12])
+    path = store.folder / f"train_00000_{data.draw(st.sampled_from(sorted(store.shards[0])))}.npy"
+    content = bytearray(path.read_bytes())
+    for at in data.draw(st.lists(st.integers(0, 80), min_size=1, max_size=3)):
+        content[at] = data.draw(st.integers(0, 255) | st.sampled_from(b"'(){}<>|,PK\n"))
+    path.write_bytes(content)
+    try:
+        opened = TokenStore.open(store.folder)
+    except UserError as error:
+        assert "the store is damaged" in str(error) and str(error).isprintable()
+        return
+    tokens, mask = opened.document(0)
+    assert len(tokens) == 7 and tokens.min() >= 0 and mask.dtype == bool and opened.origins(0, 20)
+
+
+def test_a_zip_in_place_of_an_array_is_refused(make_store):
+    store, _ = make_store(LENGTHS, 10_000)
+    path = store.folder / "train_00000_tokens.npy"
+    path.write_bytes(b"PK\x03\x04" + path.read_bytes()[4:])
+    with pytest.raises(UserError, match="damaged"):
         TokenStore.open(store.folder)
 
 

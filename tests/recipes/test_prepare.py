@@ -1,7 +1,9 @@
 """prepare as people run it: rows in files -> a store, the same whatever the number of workers."""
 
 import dataclasses
+import gzip
 import json
+import os
 import random
 import signal
 import subprocess
@@ -223,6 +225,10 @@ BAD = [
     ({"messages": say("Q", "A", "R")}, "roles out of order"),
     ({"question": "Q"}, "found the fields question"),
     ({"chosen": say("Q", "A"), "rejected": say("Q", "B")}, "PreferencePair"),
+    ({"messages": [*say("Q"), {"role": "tool", "content": "A"}]}, "has the role 'tool'"),
+    ({"messages": say("Q", "half \ud800")}, "turn 2' holds a NUL or half a surrogate pair"),
+    ({"messages": say("Q", "A"), "license": "half \ud800"}, "'license' holds a NUL or half"),
+    ({"Q\n\x1b[2J\ud800": "A"}, r"found the fields Q\\n\\x1b\[2J\\ud800"),
 ]
 
 
@@ -230,12 +236,111 @@ BAD = [
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_bad_row_stops_or_is_dropped_and_counted(configure, row, reason, workers, tmp_path):
     rows = [*conversations(40), row, *conversations(40, 1)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))  # escapes halves of surrogate pairs
+    rows = (path,)
     with pytest.raises(UserError, match=reason) as error:
         prepare.main(configure(rows, num_workers=workers))
+    assert str(error.value).isprintable()
     assert "rows.jsonl, line 41: " in str(error.value) and "on_bad_row=drop" in str(error.value)
     assert not [path for path in tmp_path.iterdir() if "store" in path.name], "nothing half-written stays"
     store = TokenStore.open(prepare.main(configure(rows, on_bad_row="drop")))
     assert store.manifest["inputs"][0]["dropped"] == {"bad_row": 1} and len(store) == 80
+
+
+GOOD = (json.dumps({"messages": say("Q", "A")}) + "\n").encode()
+HOSTILE = {
+    "cut": (GOOD * 1411 + GOOD[:30], "line 1412: cannot be read (JSONDecodeError"),
+    "NUL": (GOOD * 1411 + GOOD.replace(b"A", b"\0"), "line 1412: cannot be read (ValueError: holds a NUL"),
+    "100 MB": (
+        GOOD * 1411 + GOOD.replace(b"A", b"A" * 10**8),
+        "line 1412: cannot be read (ValueError: longer",
+    ),
+    "Latin-1": (GOOD * 1411 + GOOD.replace(b"A", b"\xfc"), "line 1412: cannot be read (UnicodeDecodeError"),
+    "surrogate": (
+        GOOD * 1411 + GOOD.replace(b"A", rb"\udfff"),
+        "line 1412: 'content of turn 2' holds a NUL or",
+    ),
+    "key twice": (
+        GOOD * 1411 + b'{"messages": 1, ' + GOOD[1:],
+        "line 1412: cannot be read (ValueError: a key",
+    ),
+    "deep": (GOOD * 1411 + b'{"a": ' + b"[" * 10**6 + b"\n", "line 1412: cannot be read (RecursionError"),
+    "schema": (GOOD * 1411 + b'{"question": "Q"}\n', "line 1412: found the fields question; expected"),
+    "empty": (b"", "input: the files hold no row at all; expected rows of a known format; give others"),
+    "blank": (b"\xef\xbb\xbf\r\n \n", "input: the files hold no row at all"),
+    "gzip bomb": (
+        gzip.compress(b'{"messages": "' + b"A" * 10**8),
+        "line 1: cannot be read (ValueError: longer",
+    ),
+    "no gzip": (b"\x1f\x8b", "line 1: cannot be read (EOFError"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_file_ends_in_one_line_and_little_memory(name, tmp_path, bpe_tokenizer_folder):
+    data, reason = HOSTILE[name]
+    path = tmp_path / ("rows.jsonl.gz" if "gzip" in name else "rows.jsonl")
+    path.write_bytes(data)
+    code, error, memory = as_a_user(path, tmp_path / "store", bpe_tokenizer_folder)
+    assert code == 2 and error.startswith("error: ") and reason in error and error.count("\n") == 1
+    assert memory < 400 and not (tmp_path / "store").exists()
+
+
+def test_a_huge_text_is_too_long_before_its_tokens_fill_the_memory(tmp_path, bpe_tokenizer_folder):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(GOOD + GOOD.replace(b"A", b"Er sagt es. " * 10**6))
+    code, error, memory = as_a_user(path, tmp_path / "store", bpe_tokenizer_folder)
+    assert (code, error) == (0, "") and memory < 400
+    assert json.loads((tmp_path / "store" / MANIFEST).read_text())["inputs"][0]["dropped"] == {"too_long": 1}
+
+
+# The kernel's own count of a child begins with the memory of the parent, so the child reads its own.
+RUN = """
+import atexit, re, runpy, sys
+status = lambda: open("/proc/self/status").read()
+atexit.register(lambda: print(re.search(r"VmHWM:\\s+(\\d+)", status())[1]))
+runpy.run_path("recipes/prepare.py", run_name="__main__")
+"""
+
+
+def as_a_user(path, output, model):
+    """Exit code, what stands on stderr behind the bar, and peak MB of a process that prepares a file."""
+    command = [
+        sys.executable, "-c", RUN, f'input=["{path}"]', f"output={output}", "eval_fraction=0.0",
+        f"model_name_or_path={model}", "num_workers=1", "preview=0",
+    ]  # fmt: skip
+    path = os.pathsep.join(["recipes", *sys.path])
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    return done.returncode, done.stderr, int(done.stdout.split()[-1]) / 1024
+
+
+@pytest.mark.parametrize("change", [
+    lambda data: b"\xef\xbb\xbf" + data,
+    lambda data: data.replace(b"\n", b"\r\n"),
+    lambda data: data.rstrip(b"\n"),
+])  # fmt: skip
+def test_byte_order_mark_and_line_ends_make_no_difference(configure, tmp_path, change):
+    write(tmp_path / "plain.jsonl", conversations(20))
+    (tmp_path / "other.jsonl").write_bytes(change((tmp_path / "plain.jsonl").read_bytes()))
+    stores = []
+    for name in ("plain", "other"):
+        folder = prepare.main(configure((tmp_path / f"{name}.jsonl",), output=tmp_path / name))
+        stores.append({file: data for file, data in contents(folder).items() if file != MANIFEST})
+    assert stores[0] == stores[1]
+
+
+def test_a_row_of_the_longest_tokens_alone_stays(configure, bpe_tokenizer_folder):
+    tokenizer = Tokenizer.from_pretrained(bpe_tokenizer_folder)
+    longest = max(map(tokenizer.piece, range(tokenizer.vocab_size)), key=lambda p: len(p) * p.isalpha())
+    word = longest.replace("Ġ", " ")
+    row = {"messages": say("Q", word * 50)}
+    [length] = TokenStore.open(prepare.main(configure([row]))).lengths
+    assert length < 70, "one token a word"
+    store = TokenStore.open(prepare.main(configure([row], max_length=int(length))))
+    assert store.lengths.tolist() == [length]
 
 
 def test_a_line_that_does_not_parse_always_stops(configure, tmp_path):
@@ -257,6 +362,7 @@ def test_a_line_that_does_not_parse_always_stops(configure, tmp_path):
         ({"eval_fraction": 1.0}, "eval_fraction is 1.0"),
         ({"eval_fraction": 1e-9}, "no row is left for the split 'eval': 30 kept"),
         ({"max_length": 1}, "max_length must be 2"),
+        ({"model_name_or_path": Path("a\nb")}, r"^a\\nb: there is no such folder"),
     ],
 )
 def test_a_mistake_is_one_sentence(configure, options, reason, tmp_path):
