@@ -19,7 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 RECIPES = HERE.parents[1] / "recipes"
-PATIENCE = 120  # seconds after which a child that does not end is taken for hung
+PATIENCE = 300  # seconds after which a child that does not end is taken for hung
 ACTIONS = ("nothing", "kill before", "kill halfway", "kill after", "fail once", "fail on", "terminate on")
 KILLS = ACTIONS[1:4]
 KINDS = {"write": 1, "fsync": 2, "rename": 4}
