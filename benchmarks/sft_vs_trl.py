@@ -116,6 +116,7 @@ def write_rows(folder: Path, documents: list[np.ndarray], vocab_size: int) -> No
         writer.add([(tokens, np.ones(len(tokens), bool))], (0, line))
     split = writer.close()
     manifest = {"format_version": FORMAT_VERSION, "kind": "documents", "splits": {"train": split}}
+    manifest |= {"chat_template": "chatml", "inputs": []}
     write_json(store / MANIFEST, manifest)
     rows = datasets.Dataset.from_dict({"input_ids": [tokens.tolist() for tokens in documents]})
     rows.save_to_disk(str(folder / "dataset"))
