@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -166,7 +167,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, what: str = "JSON file") -> Any:
     """The value in a JSON file; UserError names the file and the line where it does not parse."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path}: there is no such file; expected the {what}") from None
     except IsADirectoryError:
@@ -178,6 +179,14 @@ def read_json(path: Path, what: str = "JSON file") -> Any:
     except (ValueError, RecursionError) as error:  # ValueError: also a number of more than 4,300 digits
         line = getattr(error, "lineno", 1)
         raise UserError(f"{path}, line {line}: not valid JSON ({error}); expected the {what}") from None
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json.loads: ValueError for a key that stands twice, of which readers take the first or the last."""
+    if len(value := dict(pairs)) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {twice!r:.80} stands twice in one object")
+    return value
 
 
 def read_json_lines(path: Path) -> list[Any]:
@@ -200,12 +209,26 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_files(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
-    """UserError names the first file that is not what a manifest's entries (bytes, sha256) say."""
-    for name, entry in entries.items():
-        path = inside(folder, name)
-        if not path.is_file() or path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
-            raise UserError(f"{path}: is missing or not what was written (sha256); copy or make it again")
+def describe_file(path: Path) -> dict[str, Any]:
+    """A file's entry in a manifest."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def verify_folder(folder: Path) -> None:
+    """Hash the files that manifest.json states; UserError names the first that is not what was written.
+
+    A folder without a manifest, such as a model of another maker, passes.
+    """
+    path = Path(folder) / "manifest.json"
+    if not path.exists():
+        return
+    try:
+        entries = {inside(folder, name): dict(entry) for name, entry in read_json(path)["files"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{path}: is damaged; copy or make the folder again") from None
+    for file, entry in entries.items():
+        if not file.is_file() or describe_file(file) != entry:
+            raise UserError(f"{file}: is missing or not what was written (sha256); copy or make it again")
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -21,7 +21,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from phoenix.files import UserError, atomic_folder, check_files, inside, read_json, sha256, write_json
+from phoenix.files import (
+    UserError,
+    atomic_folder,
+    describe_file,
+    inside,
+    read_json,
+    unique_keys,
+    write_json,
+)
 from phoenix.model.mistral import Mistral, MistralConfig
 
 if TYPE_CHECKING:
@@ -36,19 +44,6 @@ def read_config(folder: Path) -> MistralConfig:
         raise UserError(f"{folder}: there is no such folder; expected a model folder with config.json")
     path = Path(folder) / "config.json"
     return MistralConfig.from_dict(read_json(path, "config.json of a model folder"), str(path))
-
-
-def verify_model(folder: Path) -> None:
-    """Hash the files of a folder that Phoenix wrote; UserError names one that is not what was written.
-
-    A folder of another maker has no manifest.json, and passes.
-    """
-    path = Path(folder) / MANIFEST
-    if path.exists():
-        try:
-            check_files(Path(folder), read_json(path, "manifest of a model folder")["files"])
-        except (KeyError, TypeError, AttributeError):
-            raise UserError(f"{path}: is damaged; copy or make the folder again") from None
 
 
 def load_model(folder: Path, *, dtype: torch.dtype = torch.float32, device: Any = "cpu") -> Mistral:
@@ -111,6 +106,8 @@ def open_tensors(folder: Path) -> Iterator[dict[str, Any]]:
         for path, expected in _shards(folder).items():
             try:
                 file = stack.enter_context(safe_open(path, framework="pt"))
+                with open(path, "rb") as raw:  # of a name that stands twice safetensors takes the last
+                    json.loads(raw.read(int.from_bytes(raw.read(8), "little")), object_pairs_hook=unique_keys)
             except (SafetensorError, OSError, ValueError) as error:
                 raise UserError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
             names = set(file.keys())
@@ -205,7 +202,7 @@ def save_model(
                 _name_shards(temporary, shards)
                 names = sorted(path.name for path in temporary.iterdir())
                 write_json(
-                    temporary / MANIFEST, {"files": {name: _entry(temporary / name) for name in names}}
+                    temporary / MANIFEST, {"files": {name: describe_file(temporary / name) for name in names}}
                 )
     except UserError as error:
         if not sharded:
@@ -219,10 +216,6 @@ def save_model(
         torch.distributed.broadcast_object_list(problems)
         if problems[0]:
             raise UserError(problems[0])
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def _whole_tensors(model: Mistral, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:

@@ -8,7 +8,7 @@ from inputs import Inputs, command, reproducible, status, weights
 
 from phoenix.config import option
 from phoenix.data.store import TokenStore
-from phoenix.files import check_files, read_json
+from phoenix.files import read_json, verify_folder
 from phoenix.model.mistral import Mistral
 from phoenix.model.pretrained import save_model
 from phoenix.tokenizer import Tokenizer
@@ -97,7 +97,7 @@ def assert_whole(folder: Path) -> bool:
         for split in manifest["splits"]:
             TokenStore.open(folder, split, verify=True)
     else:
-        check_files(folder, manifest["files"])
+        verify_folder(folder)
     return True
 
 

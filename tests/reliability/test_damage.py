@@ -8,8 +8,7 @@ import pytest
 from stages import Stage, assert_same
 
 from phoenix.data.store import TokenStore
-from phoenix.files import UserError
-from phoenix.model.pretrained import verify_model
+from phoenix.files import UserError, verify_folder
 
 
 def flip(path: Path, draw: random.Random) -> None:
@@ -25,18 +24,18 @@ def cut(path: Path, draw: random.Random) -> None:
 
 @pytest.mark.parametrize("damage", [flip, cut])
 def test_every_file_of_a_model_folder(inputs, tmp_path, draw, damage):
-    verify_model(inputs.model("base"))
+    verify_folder(inputs.model("base"))
     for name in sorted(path.name for path in inputs.model("base").iterdir() if path.name != "manifest.json"):
         folder = shutil.copytree(inputs.model("base"), tmp_path / name)
         damage(folder / name, draw)
         with pytest.raises(UserError, match=f"{name}: is missing or not what was written"):
-            verify_model(folder)
+            verify_folder(folder)
 
 
 def test_a_model_of_others_has_no_manifest_and_passes(inputs, tmp_path):
     folder = shutil.copytree(inputs.model("base"), tmp_path / "theirs")
     (folder / "manifest.json").unlink()
-    verify_model(folder)
+    verify_folder(folder)
 
 
 @pytest.mark.parametrize("damage", [flip, cut])
