@@ -59,6 +59,8 @@ class CheckpointWriter:
             name: torch.empty_like(local, device="cpu", **pinned).zero_()
             for name, (local, _) in self.rows.items()
         }
+        if world.is_main:
+            prune_checkpoints(folder, keep)  # a kill may have come before it
         self.thread: threading.Thread | None = None
         self.pending: tuple[Path, dict[str, Any]] | None = None
         self.result: dict[str, Any] | str | None = None  # the entry of this rank's file, or what went wrong
@@ -182,8 +184,16 @@ def find_checkpoints(folder: Path) -> list[Path]:
 
 
 def prune_checkpoints(folder: Path, save_total_limit: int) -> None:
-    """Keep the newest `save_total_limit` checkpoints, and nothing that a broken save left behind."""
-    for path in [*find_checkpoints(folder)[:-save_total_limit], *folder.glob(".step_*.tmp")]:
+    """Keep the newest `save_total_limit` checkpoints, and nothing that a broken save left behind.
+
+    What goes loses its name first: a kill in between leaves no checkpoint without its files.
+    """
+    for path in find_checkpoints(folder)[:-save_total_limit]:
+        hidden = folder / f".{path.name}.tmp"
+        shutil.rmtree(hidden, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            path.rename(hidden)
+    for path in folder.glob(".step_*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -49,7 +49,7 @@ def is_spike(recent_losses: Sequence[float], loss: float) -> bool:
 
 
 class MetricsLog:
-    """metrics.jsonl, an object a line, flushed at once; cut back to `step` when a run goes on (-1: anew).
+    """metrics.jsonl, an object a line, synced at once; cut back to `step` when a run goes on (-1: anew).
 
     Numbers may be tensors: they are read when the line is written.  report_to: "tensorboard" or "wandb".
     """
@@ -74,6 +74,7 @@ class MetricsLog:
             try:
                 self.file.write(json.dumps(row) + "\n")
                 self.file.flush()
+                os.fsync(self.file.fileno())  # no checkpoint may outlive the rows before it
             except OSError as error:
                 raise UserError(f"cannot write {self.path}: {error.strerror}; free space") from None
             for track in self.trackers:

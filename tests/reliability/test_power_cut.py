@@ -19,7 +19,6 @@ def test_many_power_cuts(children, inputs, root, draw, name):
     cut_and_compare(children, Stage(name, inputs, **STAGES[name]), root, draw, 13)
 
 
-@pytest.mark.xfail(reason="metrics.jsonl is synced at the end of a run alone")
 def test_the_log_is_safe_before_a_checkpoint_that_counts_on_it(children, inputs, root):
     """A run goes on at its newest checkpoint: the rows of the steps before are on the disk."""
     (root / "out").mkdir(parents=True)
