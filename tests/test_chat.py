@@ -123,6 +123,34 @@ def test_content_changes_neither_marks_nor_control_tokens(small, name, kind, mes
     assert said[0] == said[1]
 
 
+@pytest.mark.parametrize("name, kind", CASES)
+def test_no_mark_or_control_token_joins_across_a_border(small, name, kind):
+    """Each is cut at every place, and the halves end one text and begin the next."""
+    tokenizer, marks = small[kind], chat.TEMPLATES[name].marks
+    ids = [tokenizer.encode(mark, starts=starts) for mark in marks for starts in (True, False)]
+    special = tokenizer.special_ids.values()
+    for word in (*marks, *tokenizer.special_ids):
+        for cut in range(len(word) + 1):
+            head, tail = word[:cut], word[cut:]
+            halves = talk(tail + head, tail + head, tail + head, tail + head, system=tail + head)
+            harmless = [message | {"content": "x" * bool(message["content"])} for message in halves]
+            found, expected = (chat.render(messages, tokenizer, name) for messages in (halves, harmless))
+            assert count(found.tokens, special) == count(expected.tokens, special), (head, tail)
+            for mark in ids:
+                assert occurrences(mark, found.tokens) == occurrences(mark, expected.tokens), (head, tail)
+
+
+def test_what_an_nfkc_normaliser_would_fold_is_refused_in_a_conversation(bpe_tokenizer_folder, tmp_path):
+    folder = shutil.copytree(bpe_tokenizer_folder, tmp_path / "nfkc")
+    edit(folder, "tokenizer.json", normalizer={"type": "NFKC"})
+    tokenizer = Tokenizer.from_pretrained(folder)
+    for name in ("chatml", "zephyr"):
+        for content in ("＜｜im_end｜＞", "＜|user|＞"):
+            for messages in (talk(content, "x"), talk("x", content), talk("x", "y", system=content)):
+                with pytest.raises(ValueError, match="cannot express '＜'"):
+                    chat.render(messages, tokenizer, name)
+
+
 def count(tokens: list[int], special) -> list[int]:
     return [token for token in tokens if token in set(special)]
 

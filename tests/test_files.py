@@ -151,6 +151,7 @@ def test_json_round_trip_and_hash(tmp_path):
         (b'{\n"a": 1,\n}', "line 3"),
         (b"", "line 1"),
         (b'{"a": \xff}', "byte 6 is not UTF-8"),
+        (b'{"b": {"a": 1, "a": 1}}', "the key 'a' stands twice in one object"),
         (b"[" * 100_000, "line 1"),
         (b"9" * 5000, "line 1"),
     ],

@@ -220,6 +220,49 @@ def test_pieces_that_sentencepiece_itself_parses_stay_out_of_text(tmp_path):
     assert i not in ids and tokenizer.decode(ids) == "der <|x|> Hund"
 
 
+LOOKALIKES = [
+    "＜｜im_end｜＞",
+    "＜/s＞",
+    "＜s＞",
+    "［/INST］",
+    "<|IM_END|>",
+    "﹤/s﹥",
+    "<|ｉm_end|>",
+    "<|im_end|\u200b>",
+]
+
+
+@pytest.fixture(scope="session", params=["NFKC", "Lowercase", "nmt_nfkc", "nmt_nfkc_cf"])
+def folding(request, bpe_tokenizer_folder, tmp_path_factory) -> Tokenizer:
+    """A tokenizer whose normaliser would make control tokens of other characters."""
+    folder = tmp_path_factory.mktemp(request.param)
+    if "nmt" not in request.param:
+        copy(bpe_tokenizer_folder, folder)
+        edit(folder, "tokenizer.json", normalizer={"type": request.param})
+        return load(folder)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["Der Hund, die Katze <|im_end|>"] * 9), minloglevel=2, model_type="bpe",
+        model_prefix=str(folder / "tokenizer"), vocab_size=300, hard_vocab_limit=False, byte_fallback=True,
+        normalization_rule_name=request.param, user_defined_symbols=["<|im_end|>", "[/INST]"],
+    )  # fmt: skip
+    edit(folder, "added_tokens.json", **{"<|im_end|>": 3, "[/INST]": 4})
+    return load(folder)
+
+
+@pytest.mark.parametrize("lookalike", LOOKALIKES)
+@pytest.mark.parametrize("text", ["{}", "der {} Hund", "x{}\n"])
+def test_what_a_normaliser_makes_a_control_token_of_is_refused_or_kept_as_it_is(folding, lookalike, text):
+    text = text.format(lookalike)
+    for starts in (True, False):
+        try:
+            ids = folding.encode(text, starts=starts)
+        except ValueError as error:
+            assert "cannot express" in str(error)
+            continue
+        assert not set(ids) & set(folding.special_ids.values())
+        assert folding.decode(ids, starts=starts) == text
+
+
 def test_digest_is_of_what_decides_the_ids(folder, tmp_path):
     digest = load(folder).digest
     irrelevant, relevant = copy(folder, tmp_path / "a"), copy(folder, tmp_path / "b")
@@ -284,6 +327,7 @@ def test_files_of_different_tokenizers_are_refused(sp_tokenizer_folder, tmp_path
     {"added_tokens_decoder": [1]}, {"added_tokens_decoder": {"a": {"content": "x"}}},
     {"added_tokens_decoder": {"999999999999": {"content": "x"}}},
     {"added_tokens_decoder": {"-1": {"content": "x"}}}, {"added_tokens_decoder": {"600": {}}},
+    {"added_tokens_decoder": {"600": {"content": ["x"]}}},
 ])  # fmt: skip
 def test_damaged_added_tokens_are_refused(folder, tmp_path, values):
     copied = copy(folder, tmp_path / "damaged")
@@ -298,6 +342,13 @@ def test_damaged_added_tokens_of_the_library_are_refused(bpe_tokenizer_folder, t
     edit(copied, "tokenizer.json", added_tokens=[entry])
     with pytest.raises(UserError, match="the added tokens are damaged"):
         load(copied)
+
+
+@pytest.mark.parametrize("value", [7, ["</s>"], {"content": 7}, {}, True])
+def test_an_end_that_is_no_text_is_none(bpe_tokenizer_folder, tmp_path, value):
+    copied = copy(bpe_tokenizer_folder, tmp_path / "copy")
+    edit(copied, "tokenizer_config.json", eos_token=value)
+    assert load(copied).eos_id is None
 
 
 def test_an_id_outside_the_vocabulary(folder):

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from phoenix.files import UserError, require
+from phoenix.files import UserError, require, unique_keys
 
 MAX_LINE = 64 * 2**20  # bytes; real conversations stay below 1 MB
 MAX_INFLATION = 200  # of a gzip file: 3 to 20 on text, 1032 on zeros
@@ -81,14 +81,8 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in _lines(path):
         if line.strip():
             with _at(path, number):
-                row = json.loads(line, object_pairs_hook=_object)
+                row = json.loads(line, object_pairs_hook=unique_keys)
             yield number, row
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(value := dict(pairs)) < len(pairs):
-        raise ValueError("a key stands twice in one object")
-    return value
 
 
 def _json(path: Path) -> Iterator[tuple[int, Any]]:
@@ -97,7 +91,7 @@ def _json(path: Path) -> Iterator[tuple[int, Any]]:
         yield from _json_lines(path)
         return
     with _at(path, 1):
-        rows = json.loads("".join(line for _, line in _lines(path)), object_pairs_hook=_object)
+        rows = json.loads("".join(line for _, line in _lines(path)), object_pairs_hook=unique_keys)
     yield from enumerate(rows, 1)
 
 

@@ -176,6 +176,9 @@ def test_a_header_that_lies_is_refused(make_store):
     for old, new in (
         (b"(67,)", b"(99,)"),
         (b"'<u2'", b"'|O8'"),
+        (b"'<u2'", b"'<i2'"),
+        (b"'<u2'", b"'>u2'"),
+        (b"'<u2'", b"'|S2'"),
         (b"\x93NUMPY", b"\x93NUMPZ"),
         (b"(67,)", b"(66,)"),
     ):

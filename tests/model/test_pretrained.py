@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
@@ -172,6 +174,32 @@ LIES = {
     "shape whose product overflows": raw(
         f"{{{entry(shape=(2**33, 2**31 + 1, 4))}}}".encode(), data=bytes(128)
     ),
+    "shape whose product of 4 bytes each wraps to 4": raw(
+        f"{{{entry(shape=(3, (2**63 + 1) // 3), end=4)}}}".encode(), data=bytes(4)
+    ),
+    "shape whose product wraps to the right size": raw(
+        f"{{{entry(shape=(2**62 + 8, 4))}}}".encode(), data=bytes(128)
+    ),
+    "shape above 64 bits": raw(f"{{{entry(shape=(2**64 + 32,))}}}".encode(), data=bytes(128)),
+    "zero-size tensor inside another": raw(
+        f"{{{entry()}, {entry('b', shape=(0,), begin=64, end=64)}}}".encode(), data=bytes(128)
+    ),
+    "name twice, other bytes": raw(
+        f"{{{entry()}, {entry('b', begin=128, end=256)}, {entry('b')},"
+        f" {entry(begin=128, end=256)}}}".encode(),
+        data=bytes(256),
+    ),
+    "name twice, same bytes": raw(f"{{{entry()}, {entry()}}}".encode(), data=bytes(128)),
+    "metadata twice": raw(
+        f'{{"__metadata__": {{}}, "__metadata__": {{}}, {entry()}}}'.encode(), data=bytes(128)
+    ),
+    "dtype of another size": raw(f"{{{entry()}}}".replace("F32", "F64").encode(), data=bytes(128)),
+    "dtype that does not exist": raw(f"{{{entry()}}}".replace("F32", "Q7").encode(), data=bytes(128)),
+    "offset of three numbers": raw(f"{{{entry()}}}".replace("128]", "128, 128]").encode(), data=bytes(128)),
+    "offset below 0": raw(f"{{{entry(begin=-1)}}}".encode(), data=bytes(128)),
+    "offset with a fraction": raw(f"{{{entry(begin=0.5)}}}".encode(), data=bytes(128)),
+    "metadata that is no text": raw(f'{{"__metadata__": {{"a": 1}}, {entry()}}}'.encode(), data=bytes(128)),
+    "deep nesting": raw(b'{"a": ' + b"[" * 100_000),
     "negative shape": raw(f"{{{entry(shape=(-32,))}}}".encode(), data=bytes(128)),
     "a pickle": b"\x80\x04\x95" + bytes(100),
 }
@@ -184,6 +212,48 @@ def test_a_file_that_lies_is_named(folder, name):
         UserError, match=r"model\.safetensors: not a whole safetensors file .*; copy it again"
     ):
         load_model(folder)
+
+
+def test_a_header_above_100_mb_is_refused(folder):
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    size = struct.unpack("<Q", content[:8])[0]
+    path.write_bytes(raw(content[8 : 8 + size] + b" " * (100_000_001 - size), data=content[8 + size :]))
+    with pytest.raises(UserError, match=r"not a whole safetensors file .*header too large"):
+        load_model(folder)
+
+
+def test_a_zero_size_tensor_that_shares_an_offset_is_one_too_many(folder):
+    path = folder / "model.safetensors"
+    content = path.read_bytes()
+    size = struct.unpack("<Q", content[:8])[0]
+    header = {
+        **json.loads(content[8 : 8 + size]),
+        "b": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]},
+    }
+    path.write_bytes(raw(json.dumps(header).encode(), data=content[8 + size :]))
+    with pytest.raises(UserError, match=r"has, beyond the model of .*, the tensor 'b'"):
+        load_model(folder)
+
+
+@given(st.data())
+@settings(max_examples=200, suppress_health_check=list(HealthCheck))
+def test_any_change_of_a_header_gives_a_model_of_the_config_or_one_sentence(folder, data):
+    path, expected = folder / "model.safetensors", tensors_of(folder)
+    content = bytearray(path.read_bytes())
+    size = struct.unpack("<Q", content[:8])[0]
+    changed = bytearray(content)
+    for at in data.draw(st.lists(st.integers(0, 7 + size), min_size=1, max_size=3)):
+        changed[at] = data.draw(st.integers(0, 255) | st.sampled_from(b'0123456789[]{},:"\\ '))
+    path.write_bytes(changed)
+    try:
+        model = load_model(folder)
+        shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+        assert shapes == {name: list(tensor.shape) for name, tensor in expected.items()}
+    except UserError as error:
+        assert str(folder) in str(error) and str(error).isprintable()
+    finally:
+        path.write_bytes(content)
 
 
 @pytest.mark.parametrize("left", [0, 4, 8, 100, -1])
@@ -212,6 +282,9 @@ def edit_index(folder: Path, change) -> None:
     ("/etc/passwd", "'/etc/passwd' is not the plain name"),
     ("..", "'..' is not the plain name"),
     ("", "'' is not the plain name"),
+    ("a\0b", r"'a\\x00b' is not the plain name"),
+    ("a\nb", r"'a\\nb' is not the plain name"),
+    ("CON", "names 'CON', which is not in the folder"),
     ("x" * 300, "is not the plain name"),
     (7, "has no 'weight_map' of tensor names to file names"),
     ("config.json", "config.json: not a whole safetensors file"),
