@@ -263,7 +263,7 @@ HOSTILE = {
     ),
     "key twice": (
         GOOD * 1411 + b'{"messages": 1, ' + GOOD[1:],
-        "line 1412: cannot be read (ValueError: a key",
+        "line 1412: cannot be read (ValueError: the key 'messages' stands twice",
     ),
     "deep": (GOOD * 1411 + b'{"a": ' + b"[" * 10**6 + b"\n", "line 1412: cannot be read (RecursionError"),
     "schema": (GOOD * 1411 + b'{"question": "Q"}\n', "line 1412: found the fields question; expected"),

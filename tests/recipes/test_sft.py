@@ -43,6 +43,7 @@ from phoenix.files import Interrupted, UserError, read_json_lines
 from phoenix.model.mistral import Mistral
 from phoenix.tokenizer import Tokenizer
 from phoenix.train import metrics
+from phoenix.train.checkpoint import CheckpointWriter
 from phoenix.train.distributed import World, try_memory
 
 
@@ -474,16 +475,25 @@ def test_leftovers_of_a_broken_save_are_ignored_and_go(inputs, finished, tmp_pat
     assert not (tmp_path / "checkpoints" / ".step_000004.tmp").exists()
 
 
-def test_a_full_disk_ends_the_run_in_a_sentence_and_it_goes_on(inputs, finished, tmp_path):
+def test_a_full_disk_ends_the_run_in_a_sentence_and_it_goes_on(inputs, finished, tmp_path, monkeypatch):
     """No file may grow above 100,000 bytes while the third checkpoint is written."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    full = after_step(5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1])))
+    begin = CheckpointWriter._begin
+
+    def begin_on_a_full_disk(writer: CheckpointWriter) -> None:
+        """The checkpoint before this one is in its place by now."""
+        if writer.pending[0].name == "step_000006":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        begin(writer)
+
+    monkeypatch.setattr(CheckpointWriter, "_begin", begin_on_a_full_disk)
     sentence = r"cannot write the checkpoint .*step_000006: .*File too large; free space, or"
     try:
-        with full, pytest.raises(UserError, match=sentence):
+        with pytest.raises(UserError, match=sentence):
             sft.main(inputs.config(tmp_path))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        monkeypatch.undo()
     assert status(tmp_path)[0] == 2
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert kept == ["step_000002", "step_000004"]
