@@ -214,6 +214,12 @@ def describe_file(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
+def json_digest(value: dict[str, Any]) -> str:
+    """Hex sha256 of a JSON object without its entry `digest`, whatever the order of its keys."""
+    rest = {key: entry for key, entry in value.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def verify_folder(folder: Path) -> None:
     """Hash the files that manifest.json states; UserError names the first that is not what was written.
 

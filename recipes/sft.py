@@ -21,7 +21,7 @@ from phoenix.config import check_bounds, load_config, option, run_recipe
 from phoenix.data.loader import GlobalBatch, Loader
 from phoenix.data.packing import PACKING, Plan, make_plan
 from phoenix.data.store import TokenStore
-from phoenix.files import Interrupted, UserError, read_json_lines
+from phoenix.files import Interrupted, UserError, read_json_lines, verify_folder
 from phoenix.generation import generate
 from phoenix.model.mistral import Mistral, MistralConfig
 from phoenix.model.pretrained import load_weights, materialise, meta_model, read_config, save_model
@@ -84,7 +84,7 @@ def main(config: SFTConfig) -> Path:
         distributed.start_world(config.dp_replicate) as world,
         run_folder(config.output_dir, world) as at_end,
     ):
-        world.on_main(lambda: make_missing(config, world))
+        world.on_main(lambda: make_or_verify(config, world))
         model_config = read_config(config.model_name_or_path)
         tokenizer = Tokenizer.from_pretrained(config.model_name_or_path)
         tokenizer.require_embeddings(model_config.vocab_size, config.model_name_or_path)
@@ -205,15 +205,13 @@ def check(config: SFTConfig) -> None:
     """Everything cheap, before anything expensive."""
     metrics.check_trackers(config.report_to)
     if config.micro_batch_tokens < config.max_length:
-        raise UserError(
-            f"micro_batch_tokens is {config.micro_batch_tokens}, below max_length {config.max_length}: no "
-            "row would fit; raise it, or lower max_length"
-        )
+        sizes = f"micro_batch_tokens is {config.micro_batch_tokens}, below max_length {config.max_length}"
+        raise UserError(f"{sizes}: no row would fit; raise it, or lower max_length")
     check_bounds(config)
 
 
-def make_missing(config: SFTConfig, world: World) -> None:
-    """The base model and the store of the quickstart are made here if they are what is missing."""
+def make_or_verify(config: SFTConfig, world: World) -> None:
+    """What the quickstart needs and does not find is made here; what is there is hashed."""
     base = import_gguf.BASE_MODEL
     if config.model_name_or_path == base and not base.exists():
         world.say(f"{base} is missing: importing it")
@@ -222,6 +220,8 @@ def make_missing(config: SFTConfig, world: World) -> None:
     if config.store == preparation.output and not config.store.exists():
         world.say(f"{config.store} is missing: preparing it from the shipped sample")
         prepare.main(preparation)
+    verify_folder(config.model_name_or_path)
+    TokenStore.open(config.store, "train", verify=True)
 
 
 def identity(config: SFTConfig, store: TokenStore) -> dict:

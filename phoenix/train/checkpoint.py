@@ -32,11 +32,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from phoenix.files import UserError, inside, read_json, sha256, sync_folder, write_json
+from phoenix.files import UserError, inside, json_digest, read_json, sha256, sync_folder, write_json
 from phoenix.model.pretrained import clean_name
 from phoenix.train.distributed import World
 
-MANIFEST, FORMAT_VERSION = "manifest.json", 2
+MANIFEST, FORMAT_VERSION = "manifest.json", 3
 CHUNK = 1 << 24  # bytes that are hashed and written at once
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float64: "F64"}
 Rows = tuple[Tensor, int]  # a rank's rows of a tensor, and the number of the first in the whole
@@ -137,7 +137,9 @@ class CheckpointWriter:
             if problems:
                 raise self._cannot_write(problems[0])
             files = {name: entry for result in results if result for name, entry in result.items()}
-            write_json(temporary / MANIFEST, {**manifest, "files": files})  # syncs the folder's names too
+            manifest = {**manifest, "files": files}
+            manifest["digest"] = json_digest(manifest)
+            write_json(temporary / MANIFEST, manifest)  # syncs the folder's names too
             shutil.rmtree(path, ignore_errors=True)
             temporary.rename(path)
             sync_folder(path.parent)
@@ -220,8 +222,8 @@ def load_checkpoint(
             for name, (local, first) in _rows(model, optimizer).items():
                 holders = [(f.get_slice(name), s[name]) for f, s in zip(files, starts) if name in s]
                 if _read_rows(local, first, holders) != len(local):
-                    raise ValueError(f"rows of {name} are missing")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                    raise ValueError(f"rows of {name} are missing, or of another type or shape")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         problem = f"{path}: cannot be read ({error}); choose another output_dir"
     if problem := next(filter(None, world.gather(problem)), ""):
         raise UserError(problem)
@@ -231,14 +233,18 @@ def load_checkpoint(
 
 
 def _read_rows(local: Tensor, first: int, holders: list[tuple[Any, int]]) -> int:
-    """Fill `local`, the rows from `first` on, from slices that begin at these rows; returns how many came."""
-    count = 0
-    for piece, start in holders:
-        low, high = max(first, start), min(first + len(local), start + piece.get_shape()[0])
-        if low < high:
-            local[low - first : high - first].copy_(piece[low - start : high - start])
-            count += high - low
-    return count
+    """Fill `local`, the rows from `first` on, from slices that begin at these rows; returns how many came
+    before the first gap, or slice of another dtype or shape."""
+    done = first
+    for piece, start in sorted(holders, key=lambda holder: holder[1]):
+        rows, *shape = piece.get_shape()
+        high = min(first + len(local), start + rows)
+        if start <= done < high:
+            if piece.get_dtype() != DTYPES[local.dtype] or shape != list(local.shape[1:]):
+                break
+            local[done - first : high - first].copy_(piece[done - start : high - start])
+            done = high
+    return done - first
 
 
 def _verify(
@@ -248,14 +254,16 @@ def _verify(
     each rank those of its share of the files."""
     try:
         manifest = read_json(path / MANIFEST, "manifest of a checkpoint")
+        if manifest["format"] != FORMAT_VERSION:
+            return f"{path}: written by another version of Phoenix; choose another output_dir", {}
+        if manifest["digest"] != json_digest(manifest):
+            return f"{path / MANIFEST}: is damaged; remove {path} to go on from the checkpoint before it", {}
         state, found = manifest["state"], manifest["shapes"]
         files = {inside(path, name): (e["bytes"], e["sha256"]) for name, e in manifest["files"].items()}
         other = [name for name in sorted({**found, **shapes}) if found.get(name) != shapes.get(name)]
         changed = [key for key in expected if state.get(key) != expected[key]]
     except (UserError, KeyError, TypeError, AttributeError) as error:
         return f"{path}: not a checkpoint ({error}); remove the folder", {}
-    if manifest.get("format") != FORMAT_VERSION:
-        return f"{path}: written by another version of Phoenix; choose another output_dir", {}
     if other:
         sizes = f"{other[0]} is {found.get(other[0])} there and {shapes.get(other[0])} here"
         return f"{path}: is a checkpoint of another model ({sizes}); choose another output_dir", {}

@@ -359,7 +359,7 @@ def poison(inputs) -> dict:
     }
     assert token not in others
     folder = inputs.folder / "poisoned_model"
-    shutil.copytree(inputs.model("base"), folder)
+    shutil.copytree(inputs.model("base"), folder, ignore=shutil.ignore_patterns("manifest.json"))
     tensors = load_file(folder / "model.safetensors")
     tensors["model.embed_tokens.weight"][token] = math.nan
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -406,7 +406,7 @@ def test_a_batch_without_a_finite_gradient_is_skipped_and_named(inputs, poison, 
 
 def test_too_many_such_steps_in_a_row_end_the_run(inputs, tmp_path):
     folder = inputs.folder / "all_nan"
-    shutil.copytree(inputs.model("base"), folder)
+    shutil.copytree(inputs.model("base"), folder, ignore=shutil.ignore_patterns("manifest.json"))
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][3] = math.nan
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -423,7 +423,7 @@ def spiking(inputs) -> dict:
     """A model that gives one token a log-prob of minus thousands: the loss of its row spikes."""
     [token] = Tokenizer.from_pretrained(inputs.tokenizer).encode(POISON)
     folder = inputs.folder / "spiking_model"
-    shutil.copytree(inputs.model("base"), folder)
+    shutil.copytree(inputs.model("base"), folder, ignore=shutil.ignore_patterns("manifest.json"))
     tensors = load_file(folder / "model.safetensors")
     tensors["model.embed_tokens.weight"][:, 0] = 3.0  # so one hidden number is positive in every row
     tensors["lm_head.weight"][token, 0] = -2e4
@@ -513,7 +513,7 @@ def damaged_store(inputs: Inputs, folder: Path, **manifest) -> Path:
 
 
 def truncated_model(inputs: Inputs, folder: Path) -> Path:
-    shutil.copytree(inputs.model("base"), folder / "cut")
+    shutil.copytree(inputs.model("base"), folder / "cut", ignore=shutil.ignore_patterns("manifest.json"))
     change_bytes(folder / "cut" / "model.safetensors", lambda content: content[:-10])
     return folder / "cut"
 
