@@ -149,8 +149,10 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 TRAINING_CURVES = [
-    ("Loss (nats per target token)", ("loss", "eval_loss")),
+    ("Loss", ("loss", "eval_loss")),
     ("Share of target tokens predicted right", ("mean_token_accuracy", "eval_mean_token_accuracy")),
+    ("Rewards (beta times the log-prob above the reference's)", ("rewards/chosen", "rewards/rejected")),
+    ("Share of pairs whose chosen answer is preferred", ("rewards/accuracies", "eval_rewards/accuracies")),
     ("Learning rate", ("learning_rate",)),
     ("Gradient norm", ("grad_norm",)),
     ("Tokens per second", ("tokens_per_second",)),

@@ -179,11 +179,7 @@ def main(config: SFTConfig) -> Path:
                 saver.finish()  # all ranks have written: the checkpoint gets its name
             if state["skipped_in_a_row"] >= config.max_skipped_steps:
                 saver.finish()
-                raise UserError(
-                    f"the gradient was not finite in {config.max_skipped_steps} steps in a row, the last of "
-                    f"them step {step + 1} ({flags['skipped_rows'][:3]}); look at these rows, lower "
-                    "learning_rate, or set dtype=float32"
-                )
+                raise metrics.not_finite(config.max_skipped_steps, step, flags["skipped_rows"])
             last = step + 1 == total_steps
             if last or (step + 1) % config.eval_steps == 0:
                 evaluate(config, model, tokenizer, log, step + 1, world)
@@ -270,6 +266,11 @@ def evaluate(
         values = metrics.sft_metrics(world.sum(sums).tolist(), batch.num_target_tokens, prefix="eval_")
         log.log(step, **values)
         world.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+    write_replies(config, model, tokenizer, step, world)
+
+
+def write_replies(config: SFTConfig, model: Mistral, tokenizer: Tokenizer, step: int, world: World) -> None:
+    """Answers to `sample_prompts` into samples.jsonl."""
     prompts = [[{"role": "user", "content": prompt}] for prompt in config.sample_prompts]
     try:
         replies = generate(model, tokenizer, prompts, max_new_tokens=config.sample_max_new_tokens)

@@ -1,12 +1,16 @@
 """What tests of recipes share: a tiny model, a store of forty rows, a run of six steps, how runs compare."""
 
+import contextlib
 import dataclasses
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from phoenix.files import read_json_lines
 from phoenix.model.mistral import Mistral, MistralConfig
@@ -16,6 +20,7 @@ from phoenix.train import metrics
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 sys.path.insert(0, str(RECIPES))
+import dpo  # noqa: E402
 import prepare  # noqa: E402
 import sft  # noqa: E402
 
@@ -37,6 +42,13 @@ def conversation(number: int) -> dict:
         {"role": "assistant", "content": answer * (number % 4 + 1)},
     ]
     return {"messages": turns}
+
+
+def preference(number: int) -> dict:
+    """The answer of `conversation`, and that of another question."""
+    question, answer = conversation(number)["messages"]
+    worse = {"role": "assistant", "content": f"{ANSWERS[(number + 1) % 3]} {number}"}
+    return {"prompt": [question], "chosen": [answer], "rejected": [worse]}
 
 
 @dataclasses.dataclass
@@ -70,6 +82,16 @@ class Inputs:
             prepare.main(prepare.PrepareConfig((file,), path, self.model("base"), **options))
         return path
 
+    def pairs(self, name: str = "pairs", rows: int = 40, **options) -> Path:
+        path = self.folder / name
+        if not path.exists():
+            file = self.folder / f"{name}.jsonl"
+            lines = (json.dumps(preference(number)) + "\n" for number in range(rows))
+            file.write_text("".join(lines), encoding="utf-8")
+            options = {"max_length": 128, "eval_fraction": 0.2, "num_workers": 1, "kind": "pairs", **options}
+            prepare.main(prepare.PrepareConfig((file,), path, self.model("base"), **options))
+        return path
+
     def config(self, output_dir: Path, **changes) -> sft.SFTConfig:
         values = {
             "model_name_or_path": self.model("base"), "store": self.store(), "max_length": 128,
@@ -78,6 +100,15 @@ class Inputs:
             "eval_steps": 3, "save_steps": 2, "sample_prompts": (QUESTIONS[0],), "sample_max_new_tokens": 4,
         }  # fmt: skip
         return sft.SFTConfig(output_dir=output_dir, **{**values, **changes})
+
+    def dpo_config(self, output_dir: Path, **changes) -> dpo.DPOConfig:
+        values = {
+            "model_name_or_path": self.model("base"), "store": self.pairs(), "global_batch_size": 8,
+            "micro_batch_tokens": 256, "max_steps": STEPS, "learning_rate": 3e-3, "warmup_ratio": 0.0,
+            "dtype": "float32", "save_dtype": "float32", "eval_steps": 3, "save_steps": 2,
+            "sample_prompts": (QUESTIONS[0],), "sample_max_new_tokens": 4,
+        }  # fmt: skip
+        return dpo.DPOConfig(output_dir=output_dir, **{**values, **changes})
 
 
 def reproducible(folder: Path) -> list[dict]:
@@ -112,11 +143,42 @@ def assert_close_run(rows: list[dict], expected: list[dict]) -> None:
             )
 
 
-def command(config: sft.SFTConfig, *changes: str) -> list[str]:
+def command(config: sft.SFTConfig | dpo.DPOConfig, *changes: str) -> list[str]:
     fields = [f"{f.name}={to_text(getattr(config, f.name))}" for f in dataclasses.fields(config)
               if getattr(config, f.name) != f.default]  # fmt: skip
-    return [sys.executable, str(RECIPES / "sft.py"), *fields, *changes]
+    recipe = "dpo.py" if isinstance(config, dpo.DPOConfig) else "sft.py"
+    return [sys.executable, str(RECIPES / recipe), *fields, *changes]
 
 
 def to_text(value) -> str:
     return json.dumps(list(value)) if isinstance(value, tuple) else str(value)
+
+
+@contextlib.contextmanager
+def after_step(number: int, act):
+    """Act when the optimizer has taken its n-th step."""
+    count = 0
+
+    def hook(*_):
+        nonlocal count
+        count += 1
+        if count == number:
+            act()
+
+    handle = register_optimizer_step_post_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def ask_to_stop() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+class CrashError(Exception):
+    pass
+
+
+def crash() -> None:
+    raise CrashError

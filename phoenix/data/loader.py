@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,18 +42,17 @@ class GlobalBatch:
         """Labels of the whole batch, over all ranks: what its summed loss is divided by."""
         return int(self.loader.plan.row_targets[self.rows].sum())
 
-    def share(self, rank: int, world_size: int) -> Iterator[tuple[int, PackedBatch]]:
+    def share(self, rank: int, world_size: int) -> Iterator[tuple[int, Any]]:
         """(index in the global batch, micro-batch) for one rank: micro-batch i goes to rank i % world_size.
 
         Every rank gets equally many, since collectives hang otherwise: where none is left, one token that
         asks for nothing.
         """
-        nothing = torch.tensor([IGNORE_INDEX])
         for index in range(rank, -(-len(self.micro_batches) // world_size) * world_size, world_size):
             if index < len(self.micro_batches):
                 yield index, self.loader.packed_batch(self.micro_batches[index])
             else:
-                yield index, PackedBatch(torch.zeros_like(nothing), nothing, AttentionLayout.packed([1]))
+                yield index, self.loader.packed_batch(self.rows[:0])
 
     def origins(self, indices: list[int] | None = None) -> list[str]:
         """File and line of the rows in some micro-batches (None: in all), for messages."""
@@ -93,7 +93,7 @@ class Loader:
         epoch, index = divmod(step, self.steps_per_epoch)
         first = index * self.global_batch_size
         rows = row_order(len(self.plan), self.seed, epoch)[first : first + self.global_batch_size]
-        batch = GlobalBatch(self, epoch + (first + len(rows)) / len(self.plan), self._cut(rows))
+        batch = GlobalBatch(self, epoch + (first + len(rows)) / len(self.plan), self.cut(rows))
         if batch.num_target_tokens == 0:
             raise UserError(
                 f"step {step}: no token of the global batch has a loss ({batch.origins()[0]} and others); "
@@ -102,7 +102,12 @@ class Loader:
         return batch
 
     def packed_batch(self, rows: np.ndarray) -> PackedBatch:
-        """Rows of the plan as one stream; each span is a segment, and its last token predicts nothing."""
+        """Rows of the plan as one stream; each span is a segment, and its last token predicts nothing.
+
+        Without rows one token that asks for nothing.
+        """
+        if not len(rows):
+            return nothing()
         return self._pack(self.spans(rows), every_token=not self.plan.assistant_only_loss)
 
     def largest_micro_batch(self) -> PackedBatch:
@@ -125,7 +130,7 @@ class Loader:
         spans = np.concatenate([np.arange(first, last) for first, last in edges])
         return list(zip(self.plan.span_start[spans].tolist(), self.plan.span_end[spans].tolist()))
 
-    def _cut(self, rows: np.ndarray) -> list[np.ndarray]:
+    def cut(self, rows: np.ndarray) -> list[np.ndarray]:
         """Whole rows in their order, as many to a micro-batch as fit."""
         cuts, held = [], 0
         for place, size in enumerate(self.plan.row_tokens[rows].tolist()):
@@ -144,6 +149,12 @@ class Loader:
         return PackedBatch(
             torch.from_numpy(tokens), torch.from_numpy(labels), AttentionLayout.packed(lengths)
         )
+
+
+def nothing() -> PackedBatch:
+    """One token that asks for nothing."""
+    label = torch.tensor([IGNORE_INDEX])
+    return PackedBatch(torch.zeros_like(label), label, AttentionLayout.packed([1]))
 
 
 @functools.lru_cache(maxsize=2)

@@ -81,6 +81,17 @@ class AttentionLayout:
         return _layout(positions, q_length, k_start, torch.stack([shared, q_length], 1))
 
     @classmethod
+    def join(cls, layouts: Sequence[AttentionLayout]) -> AttentionLayout:
+        """Streams one behind the other, none of them with a cache; all with as many ranges of keys."""
+        start = torch.tensor([0, *(layout.num_tokens for layout in layouts)]).cumsum(0)
+        return _layout(
+            torch.cat([layout.positions for layout in layouts]),
+            torch.cat([layout.q_length for layout in layouts]),
+            torch.cat([layout.k_start + first for layout, first in zip(layouts, start)]),
+            torch.cat([layout.k_length for layout in layouts]),
+        )
+
+    @classmethod
     def prefill(cls, lengths: Sequence[int], cache: KVCache, slots: Sequence[int]) -> AttentionLayout:
         """New tokens of the sequences in `slots` of a cache; each sees what its slot holds, then itself.
 

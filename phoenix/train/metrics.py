@@ -43,6 +43,47 @@ def sft_metrics(sums: Sequence[float], num_target_tokens: int, prefix: str = "")
     return {prefix + name: float(value) / num_target_tokens for name, value in zip(names, sums)}
 
 
+def dpo_sums(
+    losses: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor, chosen_logps: Tensor,
+    rejected_logps: Tensor, reference_chosen_logps: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor,
+) -> Tensor:  # fmt: skip
+    """[9] fp64: what `dpo_metrics` divides, of a micro-batch; all arguments [n], of its pairs."""
+    values = (
+        losses, chosen_rewards, rejected_rewards, chosen_rewards > rejected_rewards, chosen_logps,
+        rejected_logps, chosen_logps < reference_chosen_logps, chosen_lengths, rejected_lengths,
+    )  # fmt: skip
+    return torch.stack([value.detach().double().sum() for value in values])
+
+
+def dpo_zeros(device: torch.device) -> Tensor:
+    """Where `dpo_sums` are added up."""
+    return torch.zeros(9, dtype=torch.float64, device=device)
+
+
+def dpo_metrics(sums: Sequence[float], num_pairs: int, prefix: str = "") -> dict[str, float]:
+    """Means over the pairs of all ranks, with TRL's names; accuracy: chosen strictly above rejected.
+
+    chosen_fall: share of pairs whose chosen log-prob is below the reference's; nll_loss: a token's, of the
+    chosen answers.
+    """
+    loss, chosen, rejected, hits, chosen_logps, rejected_logps, fall, *lengths = (float(x) for x in sums)
+    means = {
+        "loss": loss, "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/accuracies": hits,
+        "rewards/margins": chosen - rejected, "logps/chosen": chosen_logps, "logps/rejected": rejected_logps,
+        "chosen_fall": fall, "chosen_length": lengths[0], "rejected_length": lengths[1],
+    }  # fmt: skip
+    values = {prefix + name: value / num_pairs for name, value in means.items()}
+    return {**values, f"{prefix}nll_loss": -chosen_logps / max(1.0, lengths[0])}
+
+
+def not_finite(steps: int, step: int, rows: Sequence[str]) -> UserError:
+    """The error that ends a run after so many steps without a finite gradient, the last of them `step`."""
+    return UserError(
+        f"the gradient was not finite in {steps} steps in a row, the last of them step {step + 1} "
+        f"({rows[:3]}); look at these rows, lower learning_rate, or set dtype=float32"
+    )
+
+
 def is_spike(recent_losses: Sequence[float], loss: float) -> bool:
     """A loss of SPIKE times the median of the steps before it, or more; with less than 5 of them none is."""
     return len(recent_losses) >= 5 and loss >= SPIKE * statistics.median(recent_losses)

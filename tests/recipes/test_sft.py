@@ -1,6 +1,5 @@
 """The whole job on a tiny model: it learns, can be stopped and started anywhere, and says what is wrong."""
 
-import contextlib
 import json
 import math
 import os
@@ -20,11 +19,15 @@ from inputs import (
     QUESTIONS,
     RECIPES,
     STEPS,
+    CrashError,
     Inputs,
+    after_step,
+    ask_to_stop,
     assert_close_run,
     assert_same_run,
     command,
     conversation,
+    crash,
     prepare,
     reproducible,
     sft,
@@ -32,7 +35,6 @@ from inputs import (
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from phoenix import chat
 from phoenix.config import load_config
@@ -58,36 +60,6 @@ def finished(inputs) -> Path:
     """A run that was never stopped."""
     sft.main(inputs.config(inputs.folder / "finished"))
     return inputs.folder / "finished"
-
-
-@contextlib.contextmanager
-def after_step(number: int, act):
-    """Act when the optimizer has taken its n-th step."""
-    count = 0
-
-    def hook(*_):
-        nonlocal count
-        count += 1
-        if count == number:
-            act()
-
-    handle = register_optimizer_step_post_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def ask_to_stop() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-class CrashError(Exception):
-    pass
-
-
-def crash() -> None:
-    raise CrashError
 
 
 # What a run writes.

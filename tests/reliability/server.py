@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 
 import torch
 import torch._dynamo  # seconds, on the first call of an operator of our own
-from inputs import prepare, sft
+from inputs import dpo, prepare, sft
 from stages import SaveConfig, save
 
 from phoenix.config import run_recipe
@@ -22,6 +22,7 @@ from phoenix.train.metrics import measure_gemm
 RECIPES = {
     "prepare": (prepare.main, prepare.PrepareConfig),
     "sft": (sft.main, sft.SFTConfig),
+    "dpo": (dpo.main, dpo.DPOConfig),
     "save": (save, SaveConfig),
 }
 

@@ -49,13 +49,17 @@ class Stage:
             values = {"model_name_or_path": self.inputs.model("base"), "output": root / "out"}
         else:
             values = {"sample_max_new_tokens": 2, "save_steps": 1, **self.changes}
-            config = self.inputs.config(root / "out", **values)
+            if recipe == "dpo":
+                cache = {"reference_cache": root / "reference"}
+                config = self.inputs.dpo_config(root / "out", **cache, **values)
+            else:
+                config = self.inputs.config(root / "out", **values)
             return Job(root, recipe, command(config)[2:], self.world_size, self.torchrun)
         return Job(root, recipe, [f"{name}={value}" for name, value in values.items()])
 
     def result(self, root: Path) -> dict[str, object]:
         folder = root / "out"
-        if not self.name.startswith("sft"):
+        if not self.name.startswith(("sft", "dpo")):
             return {
                 str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()
             }
@@ -67,7 +71,7 @@ class Stage:
     def assert_sound(self, root: Path) -> None:
         """What stands under a final name is whole: it says what its files are, and they are that."""
         out = root / "out"
-        if not self.name.startswith("sft"):
+        if not self.name.startswith(("sft", "dpo")):
             assert not out.exists() or assert_whole(out)
             return
         assert not (out / "model").exists() or assert_whole(out / "model")
@@ -78,7 +82,13 @@ class Stage:
 
 # Two ranks take a second to find each other, so their run is shorter.
 TWO_RANKS = {"world_size": 2, "changes": {"max_steps": 3, "eval_steps": 3, "sample_max_new_tokens": 1}}
-STAGES = {"prepare": {}, "save": {}, "sft": {}, "sft on two ranks": TWO_RANKS}
+STAGES = {
+    "prepare": {},
+    "save": {},
+    "sft": {},
+    "sft on two ranks": TWO_RANKS,
+    "dpo": {"changes": {"max_steps": 2, "eval_steps": 2, "sample_max_new_tokens": 1}},
+}
 
 
 def names(root: Path) -> set[Path]:
