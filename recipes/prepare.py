@@ -48,6 +48,7 @@ class PrepareConfig:
     kind: str = option("conversations and texts, or preference pairs", "documents", tuple(KINDS))
     chat_template: str | None = option("its name; none: the one that the model's folder states", None)
     max_length: int = option("a row (a pair: prompt and longer answer) of more tokens is dropped", 2048)
+    eval_input: tuple[Path, ...] = option("files whose rows are all held out", ())
     eval_fraction: float = option("share of rows held out, each drawn by its text and the seed", 0.0)
     dedup: bool = option("keep the first of rows with the same turns (pairs: the same prompt)", True)
     on_bad_row: str = option("a row of no known format, or in disorder", "error", ("error", "drop"))
@@ -56,6 +57,11 @@ class PrepareConfig:
     num_workers: int = option("processes; 0: one a core, but no more than one for 4 MB of input", 0)
     shard_tokens: int = option("tokens of a shard of the store at most", 2**23)
     preview: int = option("show so many rows exactly as they will be trained", 0)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Those of `input`, then those of `eval_input`."""
+        return (*self.input, *self.eval_input)
 
 
 class Outcome(NamedTuple):
@@ -73,11 +79,11 @@ def main(config: PrepareConfig) -> Path:
     check(config)
     renderer = Renderer(config)
     tokenizer, template = renderer.tokenizer, renderer.template
-    counts, licenses = ([Counter() for _ in config.input] for _ in range(2))
+    counts, licenses = ([Counter() for _ in config.files] for _ in range(2))
     seen: set[int] = set()  # in a run over a million rows these keys are 90 MB, and nothing else grows
     shown: list[Document] = []
     with atomic_folder(config.output) as folder:
-        names = ("train", "eval") if config.eval_fraction else ("train",)
+        names = ("train", "eval") if config.eval_fraction or config.eval_input else ("train",)
         parts = ("prompt", "chosen", "rejected") if config.kind == "pairs" else ("whole",)
         writers = {n: StoreWriter(folder, n, tokenizer.vocab_size, config.shard_tokens) for n in names}
         for number, row in tqdm(outcomes(config, renderer), unit=" rows", disable=None):
@@ -88,10 +94,11 @@ def main(config: PrepareConfig) -> Path:
             if config.dedup:
                 seen.add(row.key)
             licenses[number][row.license] += 1
-            split = "eval" if lot(row.key, config.seed) < config.eval_fraction else "train"
+            held_out = number >= len(config.input) or lot(row.key, config.seed) < config.eval_fraction
+            split = "eval" if held_out else "train"
             writers[split].add([document[:2] for document in row.documents], (number, row.line))
             if len(shown) < config.preview * len(parts):
-                where = f"{config.input[number]}, line {row.line}"
+                where = f"{config.files[number]}, line {row.line}"
                 shown += [Document(f"{where}, {part}", *arrays) for part, arrays in zip(parts, row.documents)]
         splits = {name: closed(writer, sum(counts, Counter())) for name, writer in writers.items()}
         manifest = {
@@ -99,7 +106,7 @@ def main(config: PrepareConfig) -> Path:
             "tokenizer_digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size,
             "chat_template": template, "template_digest": chat.template_digest(template),
             "max_length": config.max_length, "seed": config.seed, "eval_fraction": config.eval_fraction,
-            "splits": splits, "inputs": list(map(describe, config.input, counts, licenses)),
+            "splits": splits, "inputs": list(map(describe, config.files, counts, licenses)),
         }  # fmt: skip
         if shown:
             with atomic_write(folder / "preview.html") as file:
@@ -111,7 +118,7 @@ def main(config: PrepareConfig) -> Path:
 
 def check(config: PrepareConfig) -> None:
     """Everything cheap, before anything expensive."""
-    missing = [str(path) for path in config.input if not path.is_file()]
+    missing = [str(path) for path in config.files if not path.is_file()]
     if missing or not config.input:
         raise UserError(f"input: no such file: {', '.join(missing) or 'the list is empty'}; correct it")
     if min(config.max_length - 1, config.shard_tokens, config.num_workers + 1, config.preview + 1) < 1:
@@ -148,7 +155,7 @@ class Renderer:
 
     def __call__(self, chunk: Chunk) -> list[tuple[int, Outcome]]:
         number, rows = chunk
-        return [(number, self.outcome(self.config.input[number], line, row)) for line, row in rows]
+        return [(number, self.outcome(self.config.files[number], line, row)) for line, row in rows]
 
     def outcome(self, path: Path, line: int, raw: dict[str, Any]) -> Outcome:
         try:
@@ -208,7 +215,7 @@ def to_arrays(rendered: chat.Rendered) -> Arrays:
 
 def outcomes(config: PrepareConfig, renderer: Renderer) -> Iterator[tuple[int, Outcome]]:
     """(number of the file, outcome) of every row, in the order of the files."""
-    size = sum(path.stat().st_size for path in config.input)
+    size = sum(path.stat().st_size for path in config.files)
     workers = config.num_workers or min(os.cpu_count() or 1, 1 + size // 2**22)
     if workers == 1:
         for chunk in chunks(config):
@@ -230,7 +237,7 @@ def outcomes(config: PrepareConfig, renderer: Renderer) -> Iterator[tuple[int, O
 
 
 def chunks(config: PrepareConfig) -> Iterator[Chunk]:
-    for number, path in enumerate(config.input):
+    for number, path in enumerate(config.files):
         rows = read_rows(path)
         while chunk := list(islice(rows, CHUNK)):
             yield number, chunk

@@ -1,10 +1,10 @@
-"""The whole way on the shipped sample with one command: base model, store, fine-tuning, before and after.
+"""The whole way on the shipped sample with one command: base model, stores, fine-tuning, preferences.
 
-    python recipes/quickstart.py                                     about 12 minutes on two cores
+    python recipes/quickstart.py                                     about 16 minutes on two cores
     python recipes/quickstart.py max_steps=3 prompts=4 max_new_tokens=24      the same way, short
 
 Steps that are finished are found and skipped; a stopped one goes on with the same command.  Writes
-runs/quickstart/summary.json (figures of base and fine-tuned model) and report.html.  --help lists all fields.
+runs/quickstart/summary.json (figures of the base model and both trained ones) and report.html.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import dpo
 import import_gguf
 import prepare
 import sft
@@ -24,9 +25,10 @@ from phoenix import chat, report
 from phoenix.config import check_bounds, load_config, option, run_recipe
 from phoenix.data import language
 from phoenix.data.formats import Conversation, read_rows, to_row
+from phoenix.eval.language import judge, shares
 from phoenix.eval.scoring import bits_per_byte
 from phoenix.files import UserError, read_json, read_json_lines, require, sha256, write_json
-from phoenix.generation import Reply, Sampling, generate_all
+from phoenix.generation import Sampling, generate_all
 from phoenix.model.mistral import Mistral
 from phoenix.tokenizer import Tokenizer
 from phoenix.train.distributed import resolve_dtype
@@ -41,10 +43,12 @@ class QuickstartConfig:
     """From nothing to a fine-tuned model, measured on held-out prompts before and after."""
 
     output_dir: Path = option("folder of run, summary and report", default=Path("runs/quickstart"))
-    prepare_config: Path = option("config of recipes/prepare.py", default=prepare.QUICKSTART)
+    prepare_config: Path = option("config of recipes/prepare.py, for sft", default=prepare.QUICKSTART)
     sft_config: Path = option("config of recipes/sft.py", default=sft.QUICKSTART)
+    prepare_dpo_config: Path = option("config of recipes/prepare.py, for dpo", default=dpo.PAIRS)
+    dpo_config: Path = option("config of recipes/dpo.py", default=dpo.QUICKSTART)
     held_out: Path = option("prompts with answers to measure on", Path("recipes/sample/held_out.jsonl"))
-    max_steps: int | None = option("end the training after this many steps", default=None)
+    max_steps: int | None = option("end each training after this many steps", default=None)
     prompts: int = option("measure on so many held-out prompts; 0: on all", 0, bounds="of at least 0")
     max_new_tokens: int = option("tokens of a reply; references have about 300", 512, bounds="above 0")
     temperature: float = option("0: always the most probable token", 0.8, bounds="of at least 0")
@@ -61,60 +65,83 @@ def main(config: QuickstartConfig) -> Path:
         say(f"2048^3 matrix product, {dtype}: {measure_gemm(device, dtype) / 1e9:,.0f} GFLOP/s on {device}")
     require("py3langid", extra="language")
     rows = held_out_rows(config)
-    preparation = load_config(prepare.PrepareConfig, [], config.prepare_config)
-    training = load_config(sft.SFTConfig, [], config.sft_config)
-    training = replace(
-        training, output_dir=config.output_dir / "sft", max_steps=config.max_steps or training.max_steps
-    )
-
-    base = training.model_name_or_path
+    stages = load_stages(config)
+    base = stages["sft"][1].model_name_or_path
     if base == import_gguf.BASE_MODEL and not (base / "manifest.json").exists():
-        say(f"1 of 5: importing the base model into {base}")
+        say(f"1 of 7: importing the base model into {base}")
         with timed(config, "base_model"):
             import_gguf.main(import_gguf.ImportConfig())
     else:
-        say(f"1 of 5: the base model is there: {base}")
+        say(f"1 of 7: the base model is there: {base}")
+    for preparation, training in stages.values():
+        make_store(config, preparation, training)
+    manifest = read_json(stages["sft"][0].output / "manifest.json", "manifest of the store")
+    template = manifest["chat_template"]
 
-    if store_is_current(preparation):
-        say(f"2 of 5: the token store is there: {preparation.output}")
-    else:
-        if training.output_dir.exists() and preparation.output.exists():
-            raise UserError(f"{preparation.output} was made from other rows than its input now holds, and "
-                            f"{training.output_dir} was trained on it; remove both")  # fmt: skip
-        say(f"2 of 5: preparing the token store {preparation.output}")
-        with timed(config, "prepare"):
-            prepare.main(preparation)
-    template = read_json(preparation.output / "manifest.json", "manifest of the store")["chat_template"]
-
-    say(f"3 of 5: the base model on {len(rows)} held-out prompts")
+    say(f"3 of 7: the base model on {len(rows)} held-out prompts")
     results = {"base": measure(config, "base", base, template, rows)}
-
-    trained = training.output_dir / "model"
-    check_run(training)
-    if is_done(training.output_dir) and (trained / "manifest.json").exists():
-        say(f"4 of 5: the fine-tuned model is there: {trained}")
-    else:
-        say(f"4 of 5: fine-tuning into {training.output_dir}")
-        with timed(config, "sft", goes_on=training.output_dir.exists()):
-            sft.main(training)
-
-    say(f"5 of 5: the fine-tuned model on {len(rows)} held-out prompts")
-    results["sft"] = measure(config, "sft", trained, template, rows)
+    for number, (name, (_, training)) in zip((4, 6), stages.items()):
+        trained = training.output_dir / "model"
+        check_run(training)
+        if is_done(training.output_dir) and (trained / "manifest.json").exists():
+            say(f"{number} of 7: the model of {name} is there: {trained}")
+        else:
+            say(f"{number} of 7: training into {training.output_dir}")
+            with timed(config, name, goes_on=training.output_dir.exists()):
+                RECIPES[name].main(training)
+        say(f"{number + 1} of 7: the model of {name} on {len(rows)} held-out prompts")
+        results[name] = measure(config, name, trained, template, rows)
 
     figures = {
         name: {stage: result["figures"][name] for stage, result in results.items()} for name in FIGURES
     }
     seconds = read_json(config.output_dir / "seconds.json", "seconds of the steps")
-    write_json(config.output_dir / "summary.json", {**figures, "seconds": seconds})
-    table = [
-        (FIGURES[name], *values.values(), change(name, *values.values())) for name, values in figures.items()
-    ]
+    pairs = preferences(config)
+    write_json(config.output_dir / "summary.json", {**figures, "preferences": pairs, "seconds": seconds})
+    table = [(FIGURES[name], *values.values()) for name, values in figures.items()]
     shown = list(zip(*(result["replies"] for result in results.values())))
-    path = write_report(config, table, shown, seconds)
-    print_results(table, shown[:: max(1, len(shown) // 5)][:5], seconds)
-    say(f"report: {path}\ncurves of the training: {training.output_dir / 'report.html'}\n"
+    path = write_report(config, table, pairs, shown, seconds)
+    print_results(table, pairs, shown[:: max(1, len(shown) // 5)][:5], seconds)
+    say(f"report: {path}\ncurves of a training: report.html in its folder\n"
         f"talk to it: python recipes/chat.py model_name_or_path={trained}")  # fmt: skip
     return path
+
+
+def load_stages(config: QuickstartConfig) -> dict[str, tuple]:
+    """Preparation and training of both stages; the second starts where the first ends."""
+    stages, start = {}, {}
+    for name, prepared, trained in (
+        ("sft", config.prepare_config, config.sft_config),
+        ("dpo", config.prepare_dpo_config, config.dpo_config),
+    ):
+        training = load_config(KINDS[name], [], trained)
+        output_dir = config.output_dir / name
+        steps = config.max_steps or training.max_steps
+        training = replace(training, output_dir=output_dir, max_steps=steps, **start)
+        stages[name] = load_config(prepare.PrepareConfig, [], prepared), training
+        start = {"model_name_or_path": output_dir / "model"}
+    return stages
+
+
+def make_store(
+    config: QuickstartConfig, preparation: prepare.PrepareConfig, training: sft.SFTConfig | dpo.DPOConfig
+) -> None:
+    if store_is_current(preparation):
+        say(f"2 of 7: the token store is there: {preparation.output}")
+        return
+    if training.output_dir.exists() and preparation.output.exists():
+        raise UserError(f"{preparation.output} was made from other rows than its input now holds, and "
+                        f"{training.output_dir} was trained on it; remove both")  # fmt: skip
+    say(f"2 of 7: preparing the token store {preparation.output}")
+    with timed(config, "prepare", goes_on=training.output_dir.name == "dpo"):
+        prepare.main(preparation)
+
+
+def preferences(config: QuickstartConfig) -> Table:
+    """On held-out pairs, before and after dpo: share whose chosen answer is preferred, mean margin."""
+    rows = [row for row in read_json_lines(config.output_dir / "dpo" / "metrics.jsonl") if "eval_loss" in row]
+    names = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
+    return {name: [row[name] for row in (rows[0], rows[-1])] for name in names} if rows else {}
 
 
 def held_out_rows(config: QuickstartConfig) -> list[Table]:
@@ -142,14 +169,14 @@ def store_is_current(preparation: prepare.PrepareConfig) -> bool:
     made_from = {
         entry["path"]: entry["sha256"] for entry in read_json(path, "manifest of the store")["inputs"]
     }
-    return made_from == {str(path): sha256(path) for path in preparation.input if path.is_file()}
+    return made_from == {str(path): sha256(path) for path in preparation.files if path.is_file()}
 
 
-def check_run(training: sft.SFTConfig) -> None:
+def check_run(training: sft.SFTConfig | dpo.DPOConfig) -> None:
     """UserError if the run folder holds a run of another config: continued, it would be neither of both."""
     path = training.output_dir / "config.toml"
     if path.exists():
-        found = load_config(sft.SFTConfig, [], path)
+        found = load_config(type(training), [], path)
         for field in fields(training):
             if getattr(found, field.name) != getattr(training, field.name):
                 raise UserError(f"{path}: {field.name} is {getattr(found, field.name)}; expected "
@@ -196,54 +223,22 @@ def training_texts(config: QuickstartConfig) -> Iterator[str]:
             )
 
 
-def judge(row: Table, reply: Reply, index: set[int]) -> Table:
-    prompt, text = row["messages"][-2]["content"], reply.text
-    return {
-        "prompt": prompt, "reference": row["messages"][-1]["content"], "reply": text,
-        "language": row["language"], "tokens": len(reply.tokens), "ended": reply.finish_reason == "stop",
-        "reply_language": language.reply_language(text, prompt),
-        "echo_or_loop": language.echoes(text, prompt) or language.loops(text),
-        "repeats_training": language.repeats_training(text, index),
-    }  # fmt: skip
-
-
-def shares(judged: list[Table]) -> Table:
-    """Shares of the replies to German prompts (of German ones: among the decided) and to English prompts."""
-    german, english = ([one for one in judged if one["language"] == name] for name in ("de", "en"))
-    decided = [one for one in german if one["reply_language"]]
-    return {
-        "german_reply_share": share(decided, lambda one: one["reply_language"] == "de"),
-        "undecided_share": 1 - len(decided) / len(german),
-        "ended_share": share(german, lambda one: one["ended"]),
-        "echo_or_loop_share": share(german, lambda one: one["echo_or_loop"]),
-        "english_reply_share": share(english, lambda one: one["reply_language"] == "en"),
-        "equal_replies": len(judged) - len({one["reply"] for one in judged}),
-        "repeats_training": sum(one["repeats_training"] for one in judged),
-    }
-
-
-def share(items: list[Table], holds: Any) -> float | None:
-    return sum(map(holds, items)) / len(items) if items else None
-
-
-def change(name: str, before: float, after: float) -> str:
-    return f"{100 * (after / before - 1):+.1f} %" if name.startswith("bits") else ""
-
-
-def print_results(table: list[tuple], shown: list[tuple[Table, Table]], seconds: Table) -> None:
-    say(f"\n{'':48}{'before':>10}{'after':>10}")
-    for name, *values, changed in table:
+def print_results(table: list[tuple], pairs: Table, shown: list[tuple[Table, ...]], seconds: Table) -> None:
+    say(f"\n{'':48}{'base':>10}{'sft':>10}{'dpo':>10}")
+    for name, *values in table:
         cells = (
             "-" if value is None else f"{value:.3f}" if isinstance(value, float) else value
             for value in values
         )
-        say(f"{name:48}" + "".join(f"{cell:>10}" for cell in cells) + f"{changed:>12}")
-    for before, after in shown:
-        say("\n" + readable(before["prompt"], 104))
-        columns = [textwrap.wrap(readable(one["reply"], 450), 50) for one in (before, after)]
+        say(f"{name:48}" + "".join(f"{cell:>10}" for cell in cells))
+    for name, (before, after) in pairs.items():
+        say(f"held-out pairs, {name:32}{'':10}{before:>10.3f}{after:>10.3f}")
+    for replies in shown:
+        say("\n" + readable(replies[0]["prompt"], 104))
+        columns = [textwrap.wrap(readable(one["reply"], 300), 33) for one in replies]
         for number in range(max(map(len, columns))):
-            left, right = (column[number] if number < len(column) else "" for column in columns)
-            say(f"  {left:50} | {right}".rstrip())
+            cells = (column[number] if number < len(column) else "" for column in columns)
+            say("  " + " | ".join(f"{cell:33}" for cell in cells).rstrip())
     say("\n" + textwrap.fill(EXPECT, 104) + "\n")
     say("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
 
@@ -254,17 +249,22 @@ def readable(text: str, length: int) -> str:
     return textwrap.shorten(text, length, placeholder=" ...")
 
 
-def write_report(config: QuickstartConfig, table: list, shown: list, seconds: Table) -> Path:
-    rows = read_json_lines(config.output_dir / "sft" / "metrics.jsonl")
-    replies = ((b["prompt"], b["reference"], b["reply"], a["reply"]) for b, a in shown)
-    sections = [
-        report.paragraph(EXPECT), report.table(("on held-out prompts", "before", "after", "change"), table),
-        *(report.metric_curves(rows, *group) for group in report.TRAINING_CURVES),
-        report.heading("Replies"), report.side_by_side(("prompt", "reference", "before", "after"), replies),
+def write_report(config: QuickstartConfig, table: list, pairs: Table, shown: list, seconds: Table) -> Path:
+    stages = ("base", "sft", "dpo")
+    replies = ((one[0]["prompt"], one[0]["reference"], *(reply["reply"] for reply in one)) for one in shown)
+    sections = [report.paragraph(EXPECT), report.table(("on held-out prompts", *stages), table)]
+    pair_rows = ((name, *values) for name, values in pairs.items())
+    sections.append(report.table(("on held-out pairs", "before dpo", "after"), pair_rows))
+    for name in RECIPES:
+        rows = read_json_lines(config.output_dir / name / "metrics.jsonl")
+        sections.append(report.heading(f"Training: {name}"))
+        sections += [report.metric_curves(rows, *group) for group in report.TRAINING_CURVES]
+    sections += [
+        report.heading("Replies"), report.side_by_side(("prompt", "reference", *stages), replies),
         report.heading("Seconds"), report.table(("step", "seconds"), seconds.items()),
         report.heading("Settings"), report.table(("field", "value"), asdict(config).items()),
     ]  # fmt: skip
-    return report.write_report(config.output_dir / "report.html", "Quickstart: before and after", sections)
+    return report.write_report(config.output_dir / "report.html", "Quickstart: base, sft and dpo", sections)
 
 
 @contextlib.contextmanager
@@ -292,6 +292,8 @@ EXPECT = (
     "read the replies, and trust the bits per byte on answers that it has not seen. A larger model and more "
     "data change this; the steps stay the same."
 )
+RECIPES = {"sft": sft, "dpo": dpo}
+KINDS = {"sft": sft.SFTConfig, "dpo": dpo.DPOConfig}
 FIGURES = {
     "bits_per_byte_de": "bits per byte, German reference answers",
     "bits_per_byte_en": "bits per byte, English reference answers",

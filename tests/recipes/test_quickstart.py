@@ -13,6 +13,7 @@ import torch
 from phoenix import chat
 from phoenix.config import load_config
 from phoenix.data import language
+from phoenix.eval.language import judge, shares
 from phoenix.eval.scoring import bits_per_byte
 from phoenix.files import UserError
 from phoenix.generation import Reply
@@ -40,6 +41,12 @@ def row(name, number, question, answer):
     return {"messages": turns, "language": name, "category": "small_talk"}
 
 
+def pair(number):
+    question, answer = GERMAN
+    said = {"prompt": question, "chosen": answer, "rejected": "No idea."}
+    return {**said, "prompt": f"{number}. {question}"}
+
+
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
@@ -61,6 +68,18 @@ def place(tmp_path_factory, bpe_tokenizer_folder):
         f'input = ["{folder}/rows.jsonl"]\noutput = "{folder}/store"\nmodel_name_or_path = "{folder}/base"\n'
         'chat_template = "chatml"\nmax_length = 128\nnum_workers = 1\n'
     )
+    write_rows(folder / "pairs.jsonl", [pair(n) for n in range(8)])
+    write_rows(folder / "held_out_pairs.jsonl", [pair(n) for n in range(30, 33)])
+    (folder / "prepare_dpo.toml").write_text(
+        f'input = ["{folder}/pairs.jsonl"]\neval_input = ["{folder}/held_out_pairs.jsonl"]\nkind = "pairs"\n'
+        f'output = "{folder}/pairs"\nmodel_name_or_path = "{folder}/base"\nchat_template = "chatml"\n'
+        "max_length = 128\nnum_workers = 1\n"
+    )
+    (folder / "dpo.toml").write_text(
+        f'model_name_or_path = "{folder}/elsewhere"\nstore = "{folder}/pairs"\n'
+        f'output_dir = "{folder}/elsewhere"\nmicro_batch_tokens = 256\nglobal_batch_size = 2\nmax_steps = 3\n'
+        'learning_rate = 1e-3\ndtype = "float32"\n'
+    )
     (folder / "sft.toml").write_text(
         f'model_name_or_path = "{folder}/base"\nstore = "{folder}/store"\noutput_dir = "{folder}/elsewhere"\n'
         "max_length = 128\nmicro_batch_tokens = 256\nglobal_batch_size = 2\nmax_steps = 2\n"
@@ -73,6 +92,7 @@ def arguments(place):
     return [
         f"output_dir={place}/run", f"prepare_config={place}/prepare.toml", f"sft_config={place}/sft.toml",
         f"held_out={place}/held_out.jsonl", "max_new_tokens=12", "dtype=float32",
+        f"prepare_dpo_config={place}/prepare_dpo.toml", f"dpo_config={place}/dpo.toml",
     ]  # fmt: skip
 
 
@@ -93,12 +113,14 @@ def test_it_writes_what_scripts_rely_on(place, finished, capsys):
     assert finished == place / "run" / "report.html"
     summary = json.loads((place / "run" / "summary.json").read_text())
     for name in (*SHARES, "bits_per_byte_de", "bits_per_byte_en"):
-        assert list(summary[name]) == ["base", "sft"], name
+        assert list(summary[name]) == ["base", "sft", "dpo"], name
     assert all(0 <= summary[name]["sft"] <= 1 for name in SHARES if summary[name]["sft"] is not None)
-    assert set(summary["seconds"]) == {"prepare", "measure_base", "sft", "measure_sft"}
+    assert set(summary["seconds"]) == {"prepare", "measure_base", "sft", "measure_sft", "dpo", "measure_dpo"}
     assert (
         summary["bits_per_byte_de"]["sft"] < summary["bits_per_byte_de"]["base"]
     )  # the rows are its answers
+    before, after = summary["preferences"]["eval_rewards/margins"]
+    assert before == 0 < after and summary["preferences"]["eval_rewards/accuracies"][1] == 1
     page = finished.read_text(encoding="utf-8")
     for part in (
         "135 million parameters",
@@ -127,7 +149,7 @@ def test_finished_steps_are_found(place, config, finished, capsys):
     capsys.readouterr()
     quickstart.main(config)
     said = capsys.readouterr().out
-    assert said.count("is there") == 3 and said.count("found in") == 2
+    assert said.count("is there") == 5 and said.count("found in") == 3
     assert "GFLOP/s" in said and "bits per byte, German reference answers" in said and str(finished) in said
     assert (place / "run" / "summary.json").read_bytes() == before
     assert files == {path: path.stat().st_mtime_ns for path in place.rglob("*.safetensors")}
@@ -137,8 +159,8 @@ def test_other_settings_are_measured_anew_on_the_same_model(place, config, finis
     capsys.readouterr()
     quickstart.main(dataclasses.replace(config, max_new_tokens=3, prompts=3))
     said = capsys.readouterr().out
-    assert said.count("is there") == 3 and said.count("found in") == 0
-    assert said.count("on 3 held-out prompts") == 2
+    assert said.count("is there") == 5 and said.count("found in") == 0
+    assert said.count("on 3 held-out prompts") == 3
     replies = json.loads((place / "run" / "sft.json").read_text())["replies"]
     assert len(replies) == 3 and all(reply["tokens"] <= 3 for reply in replies)
 
@@ -190,7 +212,7 @@ def test_shares_count_what_they_say():
         (english, Reply(ENGLISH[1], [1], "stop")),
         (english, Reply("Ja.", [1], "stop")),
     ]
-    found = quickstart.shares([quickstart.judge(one, reply, index) for one, reply in replies])
+    found = shares([judge(one, reply, index) for one, reply in replies])
     assert found == {
         "german_reply_share": 2 / 3, "undecided_share": 1 / 4, "ended_share": 2 / 4,
         "echo_or_loop_share": 1 / 4, "english_reply_share": 1 / 2, "equal_replies": 2, "repeats_training": 1,
