@@ -110,15 +110,12 @@ def main(config: QuickstartConfig) -> Path:
 def load_stages(config: QuickstartConfig) -> dict[str, tuple]:
     """Preparation and training of both stages; the second starts where the first ends."""
     stages, start = {}, {}
-    for name, prepared, trained in (
-        ("sft", config.prepare_config, config.sft_config),
-        ("dpo", config.prepare_dpo_config, config.dpo_config),
-    ):
-        training = load_config(KINDS[name], [], trained)
-        output_dir = config.output_dir / name
-        steps = config.max_steps or training.max_steps
+    prepared = {"sft": config.prepare_config, "dpo": config.prepare_dpo_config}
+    for name, kind in KINDS.items():
+        training = load_config(kind, [], getattr(config, f"{name}_config"))
+        steps, output_dir = config.max_steps or training.max_steps, config.output_dir / name
         training = replace(training, output_dir=output_dir, max_steps=steps, **start)
-        stages[name] = load_config(prepare.PrepareConfig, [], prepared), training
+        stages[name] = load_config(prepare.PrepareConfig, [], prepared[name]), training
         start = {"model_name_or_path": output_dir / "model"}
     return stages
 
