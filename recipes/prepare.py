@@ -26,7 +26,16 @@ import phoenix
 from phoenix import chat
 from phoenix.config import option, run_recipe
 from phoenix.data.filters import lot, row_key, why_dropped
-from phoenix.data.formats import KINDS, Conversation, PreferencePair, RowError, Text, read_rows, to_row
+from phoenix.data.formats import (
+    KINDS,
+    Conversation,
+    Message,
+    PreferencePair,
+    RowError,
+    Text,
+    read_rows,
+    to_row,
+)
 from phoenix.data.preview import Document, preview_page, preview_text
 from phoenix.data.store import FORMAT_VERSION, MANIFEST, StoreWriter
 from phoenix.files import UserError, atomic_folder, atomic_write, sha256, write_json
@@ -48,6 +57,9 @@ class PrepareConfig:
     kind: str = option("conversations and texts, or preference pairs", "documents", tuple(KINDS))
     chat_template: str | None = option("its name; none: the one that the model's folder states", None)
     max_length: int = option("a row (a pair: prompt and longer answer) of more tokens is dropped", 2048)
+    max_prompt_length: int | None = option(
+        "pairs: cut the start of a longer prompt, whole turns where possible", None, bounds="above 0"
+    )
     eval_input: tuple[Path, ...] = option("files whose rows are all held out", ())
     eval_fraction: float = option("share of rows held out, each drawn by its text and the seed", 0.0)
     dedup: bool = option("keep the first of rows with the same turns (pairs: the same prompt)", True)
@@ -72,6 +84,7 @@ class Outcome(NamedTuple):
     license: str = ""
     key: int = 0
     documents: tuple[Arrays, ...] = ()
+    prompt_is_cut: bool = False
 
 
 def main(config: PrepareConfig) -> Path:
@@ -79,7 +92,7 @@ def main(config: PrepareConfig) -> Path:
     check(config)
     renderer = Renderer(config)
     tokenizer, template = renderer.tokenizer, renderer.template
-    counts, licenses = ([Counter() for _ in config.files] for _ in range(2))
+    counts, licenses, cuts = ([Counter() for _ in config.files] for _ in range(3))
     seen: set[int] = set()  # in a run over a million rows these keys are 90 MB, and nothing else grows
     shown: list[Document] = []
     with atomic_folder(config.output) as folder:
@@ -94,6 +107,7 @@ def main(config: PrepareConfig) -> Path:
             if config.dedup:
                 seen.add(row.key)
             licenses[number][row.license] += 1
+            cuts[number]["prompts_cut"] += row.prompt_is_cut
             held_out = number >= len(config.input) or lot(row.key, config.seed) < config.eval_fraction
             split = "eval" if held_out else "train"
             writers[split].add([document[:2] for document in row.documents], (number, row.line))
@@ -106,13 +120,15 @@ def main(config: PrepareConfig) -> Path:
             "tokenizer_digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size,
             "chat_template": template, "template_digest": chat.template_digest(template),
             "max_length": config.max_length, "seed": config.seed, "eval_fraction": config.eval_fraction,
-            "splits": splits, "inputs": list(map(describe, config.files, counts, licenses)),
+            "splits": splits, "inputs": list(map(describe, config.files, counts, licenses, cuts)),
         }  # fmt: skip
         if shown:
             with atomic_write(folder / "preview.html") as file:
                 file.write(preview_page(shown, tokenizer))
         write_json(folder / MANIFEST, manifest)
-    print(preview_text(shown, tokenizer) + table(manifest) + f"\n\nwrote {config.output}")
+    cut = sum(entry.get("prompts_cut", 0) for entry in manifest["inputs"])
+    said = f"\n{cut} prompts were cut to {config.max_prompt_length} tokens\n" if cut else "\n"
+    print(preview_text(shown, tokenizer) + table(manifest) + f"\n{said}wrote {config.output}")
     return config.output
 
 
@@ -123,6 +139,9 @@ def check(config: PrepareConfig) -> None:
         raise UserError(f"input: no such file: {', '.join(missing) or 'the list is empty'}; correct it")
     if min(config.max_length - 1, config.shard_tokens, config.num_workers + 1, config.preview + 1) < 1:
         raise UserError("max_length must be 2 at least, shard_tokens 1, num_workers and preview 0")
+    if (config.max_prompt_length or 0) >= config.max_length:
+        sizes = f"max_prompt_length is {config.max_prompt_length}, max_length {config.max_length}"
+        raise UserError(f"{sizes}: no answer would fit; lower the first, or raise the second")
     if not 0 <= config.eval_fraction < 1:
         raise UserError(f"eval_fraction is {config.eval_fraction}; expected at least 0 and less than 1")
     if config.output.exists() and not (config.output / MANIFEST).is_file():
@@ -170,7 +189,7 @@ class Renderer:
         if dropped := dropped or self.why_dropped(documents):
             return Outcome(line, dropped)
         licence = row.license or self.config.license or "not stated"
-        return Outcome(line, None, licence, row_key(row), documents)
+        return Outcome(line, None, licence, row_key(row), documents, self.is_cut(row))
 
     def documents(self, row: Conversation | PreferencePair | Text) -> tuple[Arrays, ...]:
         """One document, or three of a pair: the answers go on where the prompt's tokens end."""
@@ -178,15 +197,26 @@ class Renderer:
             return (to_arrays(chat.render_text(row.text, self.tokenizer)),)
         if isinstance(row, Conversation):
             return (to_arrays(chat.render(row.messages, self.tokenizer, self.template)),)
-        asked = chat.render(row.prompt, self.tokenizer, self.template, add_generation_prompt=True)
-        tokens, loss_mask, is_template = to_arrays(asked)
+        turns = row.prompt
+        tokens, loss_mask, is_template = self.prompt(turns)
+        limit = self.config.max_prompt_length or len(tokens)
+        while len(tokens) > limit and (shorter := without_first_exchange(turns)):
+            turns = shorter
+            tokens, loss_mask, is_template = self.prompt(turns)
         answers = []
         for answer in (row.chosen, row.rejected):
-            whole = to_arrays(chat.render((*row.prompt, *answer), self.tokenizer, self.template))
+            whole = to_arrays(chat.render((*turns, *answer), self.tokenizer, self.template))
             if not np.array_equal(whole[0][: len(tokens)], tokens):
                 raise ValueError(f"the template {self.template} changes a prompt by what follows it")
             answers.append(tuple(part[len(tokens) :] for part in whole))
-        return (tokens, np.zeros_like(loss_mask), is_template), *answers
+        return tuple(part[-limit:] for part in (tokens, np.zeros_like(loss_mask), is_template)), *answers
+
+    def prompt(self, turns: tuple[Message, ...]) -> Arrays:
+        return to_arrays(chat.render(turns, self.tokenizer, self.template, add_generation_prompt=True))
+
+    def is_cut(self, row: Conversation | PreferencePair | Text) -> bool:
+        limit = self.config.max_prompt_length if isinstance(row, PreferencePair) else None
+        return limit is not None and len(self.prompt(row.prompt)[0]) > limit
 
     def surely_too_long(self, row: Conversation | PreferencePair | Text) -> str | None:
         """Known by the characters alone: the tokens of a line of 60 MB would take half a minute and 3 GB."""
@@ -206,6 +236,12 @@ class Renderer:
             return "too_long"
         learned = [mask for _, mask, _ in documents[1:]] or [documents[0][1][1:]]
         return None if all(mask.any() for mask in learned) else "no_target"
+
+
+def without_first_exchange(turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    """A prompt less its first question and answer; the system's turn stays.  Nothing if there is but one."""
+    start = int(turns[0]["role"] == "system")
+    return (*turns[:start], *turns[start + 2 :]) if len(turns) > start + 2 else ()
 
 
 def to_arrays(rendered: chat.Rendered) -> Arrays:
@@ -255,12 +291,12 @@ def run_worker(chunk: Chunk) -> list[tuple[int, Outcome]]:
     return _renderer(chunk)
 
 
-def describe(path: Path, counts: Counter, licenses: Counter) -> dict[str, Any]:
+def describe(path: Path, counts: Counter, licenses: Counter, cuts: Counter) -> dict[str, Any]:
     """An input in the manifest: what it is, and what became of its rows."""
     dropped = {reason: counts[reason] for reason in sorted(counts) if reason != "kept"}
     rows = {"rows": sum(counts.values()), "dropped": dropped, "kept": counts["kept"]}
     file = {"path": str(path), "bytes": path.stat().st_size, "sha256": sha256(path)}
-    return {**file, **rows, "licenses": dict(sorted(licenses.items()))}
+    return {**file, **rows, **+cuts, "licenses": dict(sorted(licenses.items()))}
 
 
 def table(manifest: dict[str, Any]) -> str:

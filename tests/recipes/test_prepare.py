@@ -385,3 +385,32 @@ def test_the_quickstart_config_names_every_file_of_the_sample_but_the_held_out_o
     config = load_config(prepare.PrepareConfig, [], prepare.QUICKSTART)
     names = {path.name for path in (ROOT / "recipes/sample").glob("*.jsonl")}
     assert {path.name for path in config.input} == names - {"held_out.jsonl"}
+
+
+def test_a_long_prompt_loses_its_first_turns_then_its_first_tokens(tmp_path, bpe_tokenizer_folder, capsys):
+    """Once a pair, so both answers see the same prompt; an answer is never cut."""
+    asked = say("Wer bist du?", "Ein Modell.", "Und wer hat dich gemacht?")
+    answers = {"chosen": [{"role": "assistant", "content": "Viele."}]}
+    answers |= {"rejected": [{"role": "assistant", "content": "Weiß nicht."}]}
+    rows = [{"prompt": asked, **answers}, {"prompt": asked[:1], **answers}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def documents(limit):
+        config = prepare.PrepareConfig(
+            (tmp_path / "rows.jsonl",), tmp_path / f"store_{limit}", bpe_tokenizer_folder, kind="pairs",
+            max_length=200, max_prompt_length=limit, num_workers=1,
+        )  # fmt: skip
+        store = TokenStore.open(prepare.main(config), kind="pairs")
+        return store, [store.document(number)[0].tolist() for number in range(len(store))]
+
+    whole, tokenizer = documents(None)[1], Tokenizer.from_pretrained(bpe_tokenizer_folder)
+    last = chat.render(asked[2:], tokenizer, "chatml", add_generation_prompt=True).tokens
+    store, turns = documents(len(last))
+    assert turns[0] == last and turns[1:3] == whole[1:3]
+    assert "1 prompts were cut to " in capsys.readouterr().out
+    assert store.manifest["inputs"][0]["prompts_cut"] == 1
+    _, tokens = documents(7)
+    assert tokens[0] == last[-7:] and tokens[3] == whole[3][-7:]
+    assert tokens[1:3] == whole[1:3] and tokens[4:] == whole[4:]
+    with pytest.raises(UserError, match="max_prompt_length is 200, max_length 200: no answer would fit"):
+        documents(200)
