@@ -197,8 +197,7 @@ class Renderer:
             return (to_arrays(chat.render_text(row.text, self.tokenizer)),)
         if isinstance(row, Conversation):
             return (to_arrays(chat.render(row.messages, self.tokenizer, self.template)),)
-        turns = row.prompt
-        tokens, loss_mask, is_template = self.prompt(turns)
+        tokens, loss_mask, is_template = self.prompt(turns := row.prompt)
         limit = self.config.max_prompt_length or len(tokens)
         while len(tokens) > limit and (shorter := without_first_exchange(turns)):
             turns = shorter
