@@ -5,6 +5,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+ORACLE_VENV ?= .venv-oracle
 WORKERS ?= 2
 POINTS ?= 50
 SEED ?=
@@ -15,11 +16,13 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 PEERS_PIP := .venv-peers/bin/python -m pip --disable-pip-version-check install --quiet \
     --constraint constraints-peers.txt
+ORACLE_PIP := $(ORACLE_VENV)/bin/python -m pip --disable-pip-version-check install --quiet \
+    --constraint constraints-oracle.txt
 # One thread a worker: the tests are small, and torch's own threads would only wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv .venv-peers bench-trl quickstart test test-slow soak lint gpu-suite clean
+.PHONY: help .venv .venv-peers .venv-oracle bench-trl quickstart test test-oracle test-slow soak lint gpu-suite clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[.a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -49,11 +52,24 @@ $(READY): constraints.txt setup.cfg
 	$(PEERS_PIP) --editable . trl
 	@touch $@
 
+.venv-oracle: $(ORACLE_VENV)/.ready  ## a third, with TRL 0.28, whose losses ours must equal (minutes)
+
+$(ORACLE_VENV)/.ready: constraints-oracle.txt setup.cfg
+	$(PYTHON) -m venv $(ORACLE_VENV)
+	$(ORACLE_PIP) setuptools
+	$(ORACLE_PIP) torch
+	$(ORACLE_PIP) --editable . trl pytest
+	@touch $@
+
 quickstart: $(READY)  ## base model -> data -> fine-tuning -> report, on the sample in recipes/sample
 	$(BIN)/python recipes/quickstart.py $(ARGS)
 
 test: $(READY)  ## all tests but those marked slow or gpu
 	$(PYTEST) -m "not slow and not gpu" --durations=15 $(ARGS)
+
+# --confcutdir: tests/conftest.py needs packages of .venv
+test-oracle: $(ORACLE_VENV)/.ready  ## our losses beside TRL 0.28's own code
+	OMP_NUM_THREADS=1 $(ORACLE_VENV)/bin/python -m pytest tests/oracle --confcutdir=tests/oracle $(ARGS)
 
 test-slow: $(READY)  ## the long forms
 	$(PYTEST) -m "slow and not gpu" --durations=0 $(ARGS)
