@@ -89,6 +89,7 @@ def test_bf16_equals_trl_in_fp32_of_the_same_numbers(keywords, kind):
         expected = theirs[key].to(got.dtype)
         torch.testing.assert_close(got, expected, rtol=0, atol=0)
     assert ours["losses"].dtype == torch.float32
+    assert low["chosen_rewards"].dtype == torch.bfloat16
     if kind == "random" and keywords.get("f_divergence_type", "reverse_kl") == "reverse_kl":
         for key in "losses", "chosen_rewards", "rejected_rewards":
             scale = theirs[key].abs().max().clamp(min=1.0)
@@ -197,7 +198,13 @@ class Logits(torch.nn.Module):
         return types.SimpleNamespace(logits=self.logits)
 
 
-def forward(prompt: list[int], answers: list[list[int]], ld_alpha: float | None = None, **attributes):
+def forward(
+    prompt: list[int],
+    answers: list[list[int]],
+    ld_alpha: float | None = None,
+    is_ref: bool = False,
+    **attributes,
+):
     """TRL's concatenated_forward of one pair, and sequence_logps of the same logits."""
     generator = torch.Generator().manual_seed(4)
     length = max(map(len, answers))
@@ -218,7 +225,7 @@ def forward(prompt: list[int], answers: list[list[int]], ld_alpha: float | None 
     for side, ids, kept in zip(("chosen", "rejected"), pad(answers), mask):
         batch |= {f"{side}_input_ids": ids[None], f"{side}_attention_mask": kept[None]}
     logits = torch.randn(2, len(prompt) + length, 9, generator=generator)
-    output = DPOTrainer.concatenated_forward(trainer, Logits(logits), batch)
+    output = DPOTrainer.concatenated_forward(trainer, Logits(logits), batch, is_ref)
     labels = torch.cat([torch.full((2, len(prompt)), -100), pad(answers).masked_fill(mask == 0, -100)], 1)
     return output, logits, labels
 
@@ -237,6 +244,34 @@ def test_trl_counts_the_positions_of_ld_alpha_from_the_start_of_the_prompt():
     ours, plain = sequence_logps(logits, labels, ld_alpha=0.5), sequence_logps(logits, labels)
     rest = sequence_logps(logits, labels.clone().index_fill_(1, torch.tensor([9, 10]), -100))
     torch.testing.assert_close(ours, torch.stack([plain[0] - 0.5 * rest[0], plain[1]]))
+
+
+def test_trl_leaves_the_reference_out_of_ld_alpha():
+    """So margins do not begin at zero."""
+    plain, with_alpha = (
+        forward([3], [[1, 2, 6, 7], [8]], ld_alpha=alpha, is_ref=True)[0] for alpha in (None, 0.5)
+    )
+    assert plain["chosen_logps"] == with_alpha["chosen_logps"]
+
+
+def test_trl_adds_up_the_rewards_of_several_losses():
+    pc, pr, rc, rr = some()
+    trainer = trl_dpo.trainer({"beta": 0.1, "loss_type": "sigmoid"})
+    trainer.loss_type, trainer.loss_weights = ["sigmoid", "bco_pair", "sft"], [0.8, 0.2, 1.0]
+    trainer.use_weighting = trainer.aux_loss_enabled = False
+    trainer.accelerator.gather_for_metrics = lambda x: x
+    vars(trainer.args).update(use_liger_kernel=False, rpo_alpha=None)
+    zero, nll = torch.zeros(()), torch.tensor(1.25)
+    output = {"chosen_logps": pc, "rejected_logps": pr, "nll_loss": nll}
+    output |= {"mean_chosen_logits": zero, "mean_rejected_logits": zero}
+    trainer.concatenated_forward = lambda model, batch: output
+    trainer.dpo_loss = lambda *arguments: DPOTrainer.dpo_loss(trainer, *arguments)
+    batch = {"ref_chosen_logps": rc, "ref_rejected_logps": rr}
+    loss, metrics = DPOTrainer.get_batch_loss_metrics(trainer, None, batch)
+    weights = dict(zip(trainer.loss_type, trainer.loss_weights))
+    losses, chosen, _ = dpo_loss(pc, pr, rc, rr, loss_type=weights, chosen_nll=nll)
+    torch.testing.assert_close(loss, losses.mean())
+    assert metrics["rewards/chosen"] == pytest.approx(2 * chosen.mean().item())
 
 
 def test_trls_sft_term_leaves_out_token_0():
