@@ -153,7 +153,7 @@ def phoenix_side(pacer: Pacer, folder: Path, group: str, setting: dict) -> None:
     materialise(distributed.parallelize(model, world, compute_dtype=dtype, **parts), world.device)
     load_weights(model, folder / "model")
     cache = ReferenceCache(Path(tempfile.mkdtemp(dir=folder)), folder / "model", dtype, world)
-    reference, _ = cache.logps(model, loader)
+    reference = cache.logps(model, loader, loader.rows_of(loader.steps_per_epoch))
     optimizer = build_optimizer(model, "adamw", learning_rate=LEARNING_RATE)
     log = metrics.MetricsLog(Path(tempfile.mkdtemp(dir=folder)), step=-1)
     shown = {"logps": reference.tolist(), "tokens": int(loader.plan.row_tokens.sum())}
@@ -183,7 +183,7 @@ def phoenix_side(pacer: Pacer, folder: Path, group: str, setting: dict) -> None:
         shown = {}
         pacer.wait()
         cache.values.clear()
-        cache.logps(model, loader)
+        cache.logps(model, loader, loader.rows_of(loader.steps_per_epoch))
         pacer.done(pairs=len(loader.plan))
 
 

@@ -110,7 +110,9 @@ def main(config: DPOConfig) -> Path:
         root = config.reference_cache or config.store.with_name(f"{config.store.name}-reference")
         cache = ReferenceCache(root, start_folder, dtype, world)
         model = build(config, start_folder, dtype, world)
-        references = [None if part is None else cache.logps(model, part)[0] for part in (loader, held_out)]
+        references = [cache.logps(model, loader, loader.rows_of(total_steps)), None]
+        if held_out is not None:
+            references[1] = cache.logps(model, held_out, held_out.rows_of(1))
         if config.reference_model:
             del model  # before the policy is there: only one of them is ever in memory
             model = build(config, config.model_name_or_path, dtype, world)

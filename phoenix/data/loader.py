@@ -88,6 +88,12 @@ class Loader:
     def total_steps(self, num_train_epochs: float) -> int:
         return max(1, math.ceil(num_train_epochs * self.steps_per_epoch - 1e-9))  # 0.1 * 30 is above 3
 
+    def rows_of(self, steps: int) -> np.ndarray:
+        """The plan's rows that the first so many steps see, ascending."""
+        if steps >= self.steps_per_epoch:
+            return np.arange(len(self.plan))
+        return np.sort(row_order(len(self.plan), self.seed, 0)[: steps * self.global_batch_size])
+
     def global_batch(self, step: int) -> GlobalBatch:
         """The batch of a step, counted from 0.  Raises UserError if no token of it has a loss."""
         epoch, index = divmod(step, self.steps_per_epoch)

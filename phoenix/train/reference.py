@@ -63,26 +63,27 @@ class ReferenceCache:
             world.say(f"{path}: is damaged; what it held is computed again")
 
     @torch.no_grad()
-    def logps(self, model: Mistral, loader: PairLoader) -> tuple[np.ndarray, int]:
-        """[pairs, 2] fp32, of the chosen and the rejected answers, and how many pairs had to be computed.
+    def logps(self, model: Mistral, loader: PairLoader, rows: np.ndarray) -> np.ndarray:
+        """[pairs, 2] fp32, of the chosen and the rejected answers of these rows; NaN for all others.
 
         model: the reference, in the state that `model_digest` named.  Raises UserError if a sample of the
         cached values is not what the model gives now.
         """
         digests = loader.digests()
-        missing = [n for n, pair in enumerate(digests) if not all(one in self.values for one in pair)]
+        missing = [n for n in rows.tolist() if not all(one in self.values for one in digests[n])]
         was_training = model.training
         model.eval()
         try:
-            known = np.setdiff1d(np.arange(len(digests)), missing)
+            known = np.setdiff1d(rows, missing)
             if len(known):
                 self._check(model, loader, digests, known)
             if missing:
                 self._compute(model, loader, digests, np.array(missing))
         finally:
             model.train(was_training)
-        table = np.array([[self.values[one] for one in pair] for pair in digests], np.float32)
-        return table, len(missing)
+        table = np.full((len(digests), 2), np.nan, np.float32)
+        table[rows] = [[self.values[one] for one in digests[row]] for row in rows.tolist()]
+        return table
 
     def _claim(self) -> None:
         path = self.folder / "manifest.json"
