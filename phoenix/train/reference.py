@@ -95,7 +95,7 @@ class ReferenceCache:
                     f"{self.folder}: belongs to something else ({differs[0]} is {found.get(differs[0])!r}); "
                     "choose another reference_cache"
                 )
-        elif self.folder.exists() and any(self.folder.iterdir()):
+        elif self.folder.exists() and any(path.name[0] != "." for path in self.folder.iterdir()):
             raise UserError(
                 f"{self.folder}: holds files of others (no manifest.json); choose another reference_cache"
             )
