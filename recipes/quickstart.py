@@ -1,6 +1,6 @@
 """The whole way on the shipped sample with one command: base model, stores, fine-tuning, preferences.
 
-    python recipes/quickstart.py                                     about 16 minutes on two cores
+    python recipes/quickstart.py                                     the fine-tuning takes most of the time
     python recipes/quickstart.py max_steps=3 prompts=4 max_new_tokens=24      the same way, short
 
 Steps that are finished are found and skipped; a stopped one goes on with the same command.  Writes

@@ -49,9 +49,11 @@ def test_the_cast_stands_before_the_weight():
 
 
 def test_error_is_at_most_twice_that_of_plain_torch():
-    x = torch.randn(50, 64).bfloat16()
-    weight = torch.randn(64).bfloat16()
+    """Largest and mean error.  Seeded: two roundings meet in one number for about one draw in eight."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 64, generator=generator).bfloat16()
+    weight = torch.randn(64, generator=generator).bfloat16()
     exact = naive(x, weight, 1e-5)
-    # On average: the largest of 3,200 errors is a matter of luck, and ours rounds twice as transformers does.
-    floor = (torch.nn.functional.rms_norm(x, (64,), weight, 1e-5).double() - exact).abs().mean()
-    assert (rms_norm(x, weight, eps=1e-5).double() - exact).abs().mean() <= 2 * floor
+    floor = (torch.nn.functional.rms_norm(x, (64,), weight, 1e-5).double() - exact).abs()
+    error = (rms_norm(x, weight, eps=1e-5).double() - exact).abs()
+    assert error.max() <= 2 * floor.max() and error.mean() <= 2 * floor.mean()
