@@ -29,10 +29,10 @@ def linear_logps(
 ) -> LabelStats:
     """log softmax(x weight^T)[label] for every row with a label, and 0 for the others.
 
-    x [t, d], weight [v, d] of the same dtype, labels [t] int64 (-100: nothing asked).  Log-probs, entropy and
-    the soft-max are fp32 (fp64 stays).  Rows without a label cost nothing.  What the backward pass needs of
-    the logits is kept where all of it fits into `logits_memory` bytes, and computed again otherwise: same
-    values either way.  Entropy and hits are 0 unless `stats`; they carry no gradient.
+    x [t, d], weight [v, d] of any floating dtype (cast to that of x), labels [t] int64 (-100: nothing asked).
+    Log-probs, entropy and the soft-max are fp32 (fp64 stays).  Rows without a label cost nothing.  What the
+    backward pass needs of the logits is kept where all of it fits into `logits_memory` bytes, and computed
+    again otherwise: same values either way.  Entropy and hits are 0 unless `stats`; they carry no gradient.
     """
     wanted = labels.ne(IGNORE_INDEX).nonzero().squeeze(1)
     keep = torch.is_grad_enabled() and len(wanted) * len(weight) * x.element_size() <= logits_memory
@@ -56,6 +56,8 @@ class _LinearLogps(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         logps, entropy, hits = (x.new_zeros(len(x), dtype=wide) for _ in range(3))
         keep, ctx.kept = keep and any(ctx.needs_input_grad), []
+        ctx.save_for_backward(x, weight, labels, logps)
+        weight = weight.to(x.dtype)
         for rows in _chunks(x, weight):
             logits = x[rows] @ weight.T  # [c, v]
             for part, at in _blocks(logits, rows.start):
@@ -71,14 +73,13 @@ class _LinearLogps(torch.autograd.Function):
                 if keep:
                     part.copy_(p.scatter_(-1, label, logps[at, None].expm1()))
             ctx.kept.append(logits if keep else None)
-        ctx.save_for_backward(x, weight, labels, logps)
         ctx.mark_non_differentiable(entropy, hits)
         return logps, entropy, hits
 
     @staticmethod
     def backward(ctx, grad, _entropy, _hits):
         x, weight, labels, logps = ctx.saved_tensors
-        grad = -grad[:, None]
+        grad, given, weight = -grad[:, None], weight.dtype, weight.to(x.dtype)
         scaled, dx, dweight = (x * grad).to(x.dtype), torch.empty_like(x), None
         for index, rows in enumerate(_chunks(x, weight)):
             residual = ctx.kept[index]
@@ -93,7 +94,10 @@ class _LinearLogps(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 summand = residual.T @ scaled[rows]
                 dweight = summand if dweight is None else dweight.to(grad.dtype).add_(summand)  # in fp32
-        return dx, None if dweight is None else dweight.to(weight.dtype), None, None, None
+                del summand
+            del residual
+        del weight  # with the residual, what is large: the gradient may need room for a cast
+        return dx, None if dweight is None else dweight.to(given), None, None, None
 
 
 def _hits(values: Tensor, label: Tensor, chosen: Tensor) -> Tensor:

@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from phoenix.kernels.attention import attention
+from phoenix.kernels.linear import linear, swiglu_linear
 from phoenix.kernels.linear_logps import LabelStats, linear_logps
 from phoenix.kernels.rms_norm import rms_norm
 from phoenix.kernels.rope import rope
-from phoenix.kernels.swiglu import swiglu
 from phoenix.model import config_json
 from phoenix.model.layout import AttentionLayout, PackedBatch
 
@@ -234,17 +233,17 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, **made)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return swiglu_linear(self.gate_proj(x), self.up_proj(x), self.down_proj.weight)
 
 
 class Linear(nn.Linear):
-    """No bias; the weight is cast to the dtype of the input."""
+    """No bias; computes in the dtype of the input."""
 
     def __init__(self, in_features: int, out_features: int, **made: Any) -> None:
         super().__init__(in_features, out_features, bias=False, **made)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return linear(x, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -268,11 +267,10 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, **made))
 
     def forward(self, x: Tensor, labels: Tensor | None = None, **options: Any) -> LabelStats | Tensor:
-        weight = self.weight.to(x.dtype)
         if labels is None:
-            logits = F.linear(x, weight)
+            logits = linear(x, self.weight)
             return logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return linear_logps(x, weight, labels, **options)
+        return linear_logps(x, self.weight, labels, **options)
 
 
 def rope_table(config: MistralConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

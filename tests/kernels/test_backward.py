@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from phoenix.kernels.linear import swiglu_linear
 from phoenix.kernels.rms_norm import rms_norm
 from phoenix.kernels.rope import rope
-from phoenix.kernels.swiglu import swiglu
 
 
 def plain_norm(x, weight):
@@ -23,7 +23,11 @@ def plain_rope(x, angle):
 
 KERNELS = {
     "rms_norm": (lambda x, w: rms_norm(x, w, eps=1e-5), plain_norm, [(50, 64), (64,)]),
-    "swiglu": (swiglu, lambda gate, up: F.silu(gate) * up, [(50, 64), (50, 64)]),
+    "swiglu_linear": (
+        swiglu_linear,
+        lambda gate, up, weight: F.linear(F.silu(gate) * up, weight),
+        [(50, 64), (50, 64), (16, 64)],
+    ),
     "rope": (
         lambda x, angle: rope(x, angle.cos().to(x.dtype), angle.sin().to(x.dtype)),
         plain_rope,
@@ -38,7 +42,7 @@ def test_error_is_at_most_twice_that_of_plain_torch(name, dtype):
     ours, plain, shapes = KERNELS[name]
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-    asked = 1 if name == "rope" else 2  # angles get no gradient
+    asked = 1 if name == "rope" else len(inputs)  # angles get no gradient
 
     def run(function, dtype):
         values = [x.to(dtype).requires_grad_(index < asked) for index, x in enumerate(inputs)]
@@ -47,7 +51,8 @@ def test_error_is_at_most_twice_that_of_plain_torch(name, dtype):
         return [out, *torch.autograd.grad(out, values[:asked], grad.to(dtype))]
 
     exact, floor, found = run(plain, torch.float64), run(plain, dtype), run(ours, dtype)
-    for what, e, f, y in zip(("output", "first gradient", "second gradient"), exact, floor, found):
+    for number, (e, f, y) in enumerate(zip(exact, floor, found)):
+        what = f"gradient {number}" if number else "the output"
         allowed = 2 * (f.double() - e).abs().max().clamp(min=torch.finfo(dtype).eps * e.abs().max())
         error = (y.double() - e).abs().max()
         assert error <= allowed, f"{what} is off by {error:.1e}, plain torch by {allowed / 2:.1e}"
@@ -59,6 +64,6 @@ def test_gradcheck(name):
     inputs = [torch.randn(2, *shape[1:], dtype=torch.float64) for shape in shapes]
     if name == "rms_norm":
         inputs[1] = torch.randn(64, dtype=torch.float64)
-    asked = 1 if name == "rope" else 2
+    asked = 1 if name == "rope" else len(inputs)
     inputs = [x.requires_grad_(index < asked) for index, x in enumerate(inputs)]
     assert torch.autograd.gradcheck(ours, inputs)

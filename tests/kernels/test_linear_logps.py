@@ -161,3 +161,20 @@ def test_error_is_at_most_twice_that_of_plain_torch(dtype):
 def test_log_probabilities_of_bf16_are_fp32():
     x, weight, labels = make(20, 20, torch.bfloat16)
     assert all(values.dtype == torch.float32 for values in linear_logps(x, weight, labels, stats=True))
+
+
+@pytest.mark.parametrize("logits_memory", [0, 1 << 30])
+def test_a_wider_weight_counts_as_its_cast_and_gets_a_gradient_of_its_own_dtype(logits_memory):
+    """Several chunks of rows: the gradient of an fp32 weight is their sum before it is rounded to bf16."""
+    x, _, labels = make(60, 50, torch.bfloat16)
+    weight = make(60, 50, torch.float32)[1]
+    results, kept = [], []
+    for w in (weight, weight.detach().bfloat16().requires_grad_()):
+        with torch.autograd.graph.saved_tensors_hooks(lambda y: kept.append(y) or y, lambda y: y):
+            found = linear_logps(x, w, labels, logits_memory=logits_memory, stats=True)
+        results.append((*found, *torch.autograd.grad(found.logps.sum(), (x, w))))
+        if w is weight:
+            assert not any(y.shape == w.shape and y.dtype == torch.bfloat16 for y in kept)
+    assert results[0][-1].dtype == torch.float32
+    for mixed, narrow in zip(*results):
+        assert torch.equal(mixed.to(narrow.dtype), narrow)
