@@ -118,6 +118,9 @@ def _segments(
     values: Tensor, labels: Tensor, cu_seqlens: Tensor, average: bool, ld_alpha: float | None, partner: Tensor
 ) -> Tensor:
     """Sums or means [n] of values [t] over segments; the answer of segment i competes with partner[i]'s."""
+    home = values.device
+    if home.type == "mps":  # which has neither fp64 nor segment_reduce
+        values, labels, cu_seqlens, partner = (x.cpu() for x in (values, labels, cu_seqlens, partner))
     offsets, counted = cu_seqlens.long(), labels.ne(IGNORE_INDEX)
 
     def total(x: Tensor) -> Tensor:
@@ -136,7 +139,7 @@ def _segments(
         shared = torch.minimum(count, count[partner])[segment]
         values = torch.where(place <= shared, values, ld_alpha * values if ld_alpha else 0.0)
     sums = total(torch.where(counted, values, 0.0))
-    return (sums / count.clamp(min=1) if average else sums).to(values.dtype)
+    return (sums / count.clamp(min=1) if average else sums).to(values.dtype).to(home)
 
 
 # The family of DPO
@@ -221,7 +224,8 @@ def dpo_loss(
     chosen_nll: [n] or scalar, mean negative log-prob of the chosen answers, for sft and rpo_alpha.  For a
     mean over the tokens of a step, not over answers, pass each answer's sum times N / tokens of the step.
     batch, index: for aot, aot_unpaired and bco_pair in micro-batches, see the head of this module; without
-    them a call is a whole batch.
+    them a call is a whole batch.  Places in index are from 0 to N - 1: this is not checked, as it would wait
+    for the device.
     reward_mean: for bco_pair in place of batch, the mean of beta * (policy - reference) over both answers of
     all pairs.
 
@@ -299,7 +303,7 @@ def bco_pair_loss(x: Pairs) -> Tensor:
     if mean is None:
         source = x.batch or x
         mean = (x.beta * torch.cat([source.chosen, source.rejected])).mean()
-    mean = torch.as_tensor(mean, device=x.chosen.device).detach()
+    mean = torch.as_tensor(mean, dtype=x.chosen.dtype, device=x.chosen.device).detach()
     return -F.logsigmoid(x.beta * x.chosen - mean) - F.logsigmoid(mean - x.beta * x.rejected)
 
 
@@ -483,11 +487,10 @@ def kto_loss(
     if desirable.dtype != torch.bool or desirable.shape != policy.shape:
         got = f"{desirable.dtype} {list(desirable.shape)}"
         raise ValueError(f"desirable must be bool {list(policy.shape)}, got {got}")
-    kl = torch.as_tensor(kl, device=policy.device).detach()
-    z = _wide(kl).mean().clamp(min=0)
+    z = torch.as_tensor(kl, dtype=policy.dtype, device=policy.device).detach().mean().clamp(min=0)
     ratio = policy - reference
     sign = torch.where(desirable, 1.0, -1.0).to(ratio.dtype)
-    weight = torch.where(desirable, desirable_weight, undesirable_weight).to(ratio.dtype)
+    weight = torch.full_like(ratio, undesirable_weight).masked_fill(desirable, desirable_weight)
     return weight * torch.sigmoid(-sign * beta * (ratio - z)), beta * ratio.detach()
 
 
