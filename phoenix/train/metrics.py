@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import os
+import secrets
 import statistics
 import time
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 # Fields of metrics.jsonl that are times or memory; all others are the same in every run of the same config.
 TIMING = ("step_seconds", "tokens_per_second", "mfu", "peak_memory_gib", "time")
 SPIKE, SPIKE_WINDOW = 10, 50  # times the median loss of so many steps
+NUM_DPO_SUMS = 9  # numbers that `dpo_sums` gives
 
 
 def sft_sums(stats: LabelStats) -> Tensor:
@@ -47,7 +49,7 @@ def dpo_sums(
     losses: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor, chosen_logps: Tensor,
     rejected_logps: Tensor, reference_chosen_logps: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor,
 ) -> Tensor:  # fmt: skip
-    """[9] fp64: what `dpo_metrics` divides, of a micro-batch; all arguments [n], of its pairs."""
+    """[NUM_DPO_SUMS] fp64: what `dpo_metrics` divides, of a micro-batch; all arguments [n], of its pairs."""
     values = (
         losses, chosen_rewards, rejected_rewards, chosen_rewards > rejected_rewards, chosen_logps,
         rejected_logps, chosen_logps < reference_chosen_logps, chosen_lengths, rejected_lengths,
@@ -57,7 +59,7 @@ def dpo_sums(
 
 def dpo_zeros(device: torch.device) -> Tensor:
     """Where `dpo_sums` are added up."""
-    return torch.zeros(9, dtype=torch.float64, device=device)
+    return torch.zeros(NUM_DPO_SUMS, dtype=torch.float64, device=device)
 
 
 def dpo_metrics(sums: Sequence[float], num_pairs: int, prefix: str = "") -> dict[str, float]:
@@ -139,8 +141,12 @@ def progress_bar(total: int, initial: int, *, show: bool) -> tqdm:
 
 
 def update_bar(bar: tqdm, row: dict[str, Any]) -> None:
+    """One step further, with the row's numbers; a row of preference training also has its rewards'."""
+    shown = [("loss", "loss")]
+    shown += [(name, f"rewards/{name}") for name in ("margins", "accuracies") if f"rewards/{name}" in row]
+    values = [f"{word} {math.nan if row[name] is None else row[name]:.4f}" for word, name in shown]
     bar.set_postfix_str(
-        f"loss {row['loss'] or math.nan:.4f}, lr {row['learning_rate']:.2e}, "
+        f"{', '.join(values)}, lr {row['learning_rate']:.2e}, "
         f"{row['tokens_per_second']:.0f} tok/s, mfu {row['mfu']:.1%}",
         refresh=False,
     )
@@ -176,20 +182,18 @@ def memory_parts(
 ) -> dict[str, float]:
     """Bytes a rank needs, by what takes them; shards: ranks that share one copy of the model.
 
-    state: fp32 weights, gradients and optimizer state.  weights: copies in the compute dtype; with FSDP two
-    gathered groups, and one group's gradient in the compute dtype and in fp32.  activations: what autograd
-    keeps of the blocks; with checkpointing only their inputs.  passing: the larger of logits (those that are
-    kept, or one chunk) with the last norm, and a block's gradients, with checkpointing the block itself too.
+    state: fp32 weights, gradients and optimizer state.  weights: with FSDP two gathered groups in the compute
+    dtype, and one group's gradient in the compute dtype and in fp32; in one process the largest matrix's
+    gradient in fp32, or, as large, its cast and its gradient in bf16.  activations: what autograd keeps of
+    the blocks; with checkpointing only their inputs.  passing: the larger of logits (those that are kept, or
+    one chunk) with the last norm, and a block's gradients, with checkpointing the block itself too.
     """
     parameters, size, layers = config.num_parameters()[0], dtype.itemsize, config.num_hidden_layers
     d, embedding = config.hidden_size, config.vocab_size * config.hidden_size
     outside = embedding * (1 if config.tie_word_embeddings else 2) + d
     block = (parameters - outside) // layers
-    weights = 0
-    if shards > 1:
-        weights = max(block, embedding) * (3 * size + 4)
-    elif dtype != torch.float32:
-        weights = size * (block * (1 if activation_checkpointing else layers) + embedding)
+    matrix = max(embedding, d * max(config.intermediate_size, config.num_attention_heads * config.head_dim))
+    weights = 4 * matrix if shards == 1 else max(block, embedding) * (3 * size + 4)
     a_block, a_rest = activation_bytes(config, dtype)
     logits = micro_batch_tokens * config.vocab_size * size
     logits = logits if logits <= logits_memory else min(logits, CHUNK_BYTES)
@@ -205,30 +209,35 @@ def memory_parts(
 def activation_bytes(config: MistralConfig, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes that autograd keeps for a token: of one block, and behind the last one.
 
-    A norm keeps its input and its result, attention its queries, keys, values and output, the gate its two
-    inputs and their product; norms and heads also keep a number each in fp32.
+    A norm keeps its input and its result, attention its queries, keys, values and output, SwiGLU its two
+    inputs; norms and heads also keep a number each in fp32.
     """
     size, wide = dtype.itemsize, max(4, dtype.itemsize)
     heads = 2 * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
-    numbers = 4 * config.hidden_size + heads + 3 * config.intermediate_size
+    numbers = 4 * config.hidden_size + heads + 2 * config.intermediate_size
     block = numbers * size + (2 + config.num_attention_heads) * wide
     # The last norm; cos and sin of the position; the log-prob, and the row as a number thrice (int64).
     return block, (2 * config.hidden_size + config.head_dim) * size + 2 * wide + 3 * 8
 
 
-def training_flops(config: MistralConfig, lengths: Tensor) -> float:
-    """FLOP of one training step over documents of these lengths: 6 N a token, and 6 L d l^2 for causal
-    attention.
+def training_flops(config: MistralConfig, lengths: Tensor, key_lengths: Tensor | None = None) -> float:
+    """FLOP of one training step over segments of `lengths` [n] queries: 6 N a token, and 12 L d for each pair
+    of a query and a key that it sees, in a document of l tokens l (l + 1) / 2 pairs.
 
-    N: parameters in matrix products; d: width of the heads together; a document longer than the window counts
-    its window.  Work done again by activation checkpointing is not counted (that would be HFU).
+    N: parameters in matrix products; d: width of the heads together.  key_lengths [n]: keys of each segment,
+    whose last query sees all of them (`layout.k_length.sum(1)`); none: its own tokens.  No query sees more
+    keys than the window has.  Work done again by activation checkpointing is not counted (that would be HFU).
     """
-    length = lengths.double()
-    seen = length if config.sliding_window is None else length.clamp(max=config.sliding_window)
-    pairs = (length * seen - seen * (seen - 1) / 2).sum()  # of a query and a key
+    keys = (lengths if key_lengths is None else key_lengths).double()
+
+    def pairs(length: Tensor) -> Tensor:
+        """Of a query and a key, in documents of these lengths."""
+        seen = length if config.sliding_window is None else length.clamp(max=config.sliding_window)
+        return length * seen - seen * (seen - 1) / 2
+
     width = config.num_attention_heads * config.head_dim
-    _, in_products = config.num_parameters()
-    return float(6 * in_products * length.sum() + 12 * config.num_hidden_layers * width * pairs)
+    attention = 12 * config.num_hidden_layers * width * (pairs(keys) - pairs(keys - lengths)).sum()
+    return float(6 * config.num_parameters()[1] * lengths.double().sum() + attention)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -279,8 +288,14 @@ def _tensorboard(folder: Path) -> Any:
 
 
 def _wandb(folder: Path) -> Any:
+    """wandb goes on with the run whose id stands in the folder; without one it starts another each time."""
     wandb = require("wandb", extra="tracking")
-    run = wandb.init(project="phoenix", name=folder.name, dir=str(folder), resume="allow")
+    path = folder / "wandb_id"
+    if not path.exists():
+        with atomic_write(path) as file:
+            file.write(secrets.token_hex(8))
+    name = path.read_text(encoding="utf-8")
+    run = wandb.init(project="phoenix", name=folder.name, id=name, dir=str(folder), resume="allow")
     return lambda row: run.log(row, step=row["step"])
 
 
@@ -290,7 +305,8 @@ GPU_PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RT
 
 
 def check_trackers(report_to: Sequence[str]) -> None:
-    """UserError for a tracker that does not exist, before anything is loaded."""
+    """UserError for a tracker that does not exist or is not installed, before anything is loaded."""
     for name in report_to:
         if name not in TRACKERS:
             raise UserError(f"report_to holds {name!r}; expected some of {', '.join(TRACKERS)}")
+        require(name, extra="tracking")  # a package has its tracker's name

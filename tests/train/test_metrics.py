@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import types
 from dataclasses import replace
 
 import pytest
@@ -42,6 +43,26 @@ def naive_flops(config: MistralConfig, lengths: list[int]) -> int:
 def test_flops_equal_a_count_by_loops(window, lengths):
     config = replace(TINY, sliding_window=window)
     assert metrics.training_flops(config, torch.tensor(lengths)) == naive_flops(config, lengths)
+    itself = metrics.training_flops(config, torch.tensor(lengths), torch.tensor(lengths))
+    assert itself == naive_flops(config, lengths)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize("prefix, answers", [(1, [1]), (5, [3]), (5, [1, 3]), (2, [4, 1, 9]), (12, [2, 2])])
+def test_flops_of_a_shared_prefix_count_its_keys(window, prefix, answers):
+    """The keys of a layout, row by row: the rejected answer attends to the prompt too."""
+    config = replace(TINY, sliding_window=window)
+    layout = AttentionLayout.shared_prefix(prefix, answers)
+    found = metrics.training_flops(config, layout.q_length, layout.k_length.sum(1))
+    seen = 0
+    for queries, keys in zip(layout.q_length.tolist(), layout.k_length.sum(1).tolist()):
+        for row in range(queries):
+            last = keys - queries + row
+            seen += sum(window is None or last - key < window for key in range(last + 1))
+    alone = replace(config, sliding_window=1)  # one key a query: the products, and that one
+    width = config.num_attention_heads * config.head_dim
+    one_key = 3 * 4 * width * config.num_hidden_layers
+    assert found == naive_flops(alone, [1] * layout.num_tokens) + one_key * (seen - layout.num_tokens)
 
 
 def test_matrix_flops_are_those_of_a_real_step():
@@ -96,6 +117,41 @@ def test_sums_over_micro_batches_and_ranks_are_the_plain_mean():
     assert found == pytest.approx(plain, rel=1e-5)
     assert not sums.requires_grad
     assert metrics.sft_metrics(sums, 1, prefix="eval_").keys() == {f"eval_{name}" for name in plain}
+
+
+def test_sums_of_pairs_over_micro_batches_are_the_plain_mean():
+    """A loop over pairs, one number a line; a reward or log-prob that is equal is neither above nor below."""
+    generator = torch.Generator().manual_seed(2)
+    sums, pairs = metrics.dpo_zeros(torch.device("cpu")), []
+    for number in (3, 1, 0, 4):
+        losses, chosen, rejected, chosen_logps, rejected_logps, reference = torch.randn(
+            6, number, generator=generator, requires_grad=True
+        ).unbind()
+        lengths = torch.randint(1, 9, (2, number), generator=generator)
+        rejected = torch.cat([chosen[:1], rejected[1:]])
+        reference = torch.cat([reference[:-1], chosen_logps[-1:]])
+        columns = (losses, chosen, rejected, chosen_logps, rejected_logps, reference, *lengths)
+        sums += metrics.dpo_sums(*columns)
+        pairs += [[column[pair].item() for column in columns] for pair in range(number)]
+    count = len(pairs)
+    plain = dict.fromkeys(("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies"), 0.0)
+    plain |= dict.fromkeys(("rewards/margins", "logps/chosen", "logps/rejected", "chosen_fall"), 0.0)
+    plain |= {"chosen_length": 0.0, "rejected_length": 0.0}
+    for loss, chosen, rejected, chosen_logps, rejected_logps, reference, longer, other in pairs:
+        plain["loss"] += loss / count
+        plain["rewards/chosen"] += chosen / count
+        plain["rewards/rejected"] += rejected / count
+        plain["rewards/accuracies"] += (1 if chosen > rejected else 0) / count
+        plain["rewards/margins"] += (chosen - rejected) / count
+        plain["logps/chosen"] += chosen_logps / count
+        plain["logps/rejected"] += rejected_logps / count
+        plain["chosen_fall"] += (1 if chosen_logps < reference else 0) / count
+        plain["chosen_length"] += longer / count
+        plain["rejected_length"] += other / count
+    plain["nll_loss"] = -sum(pair[3] for pair in pairs) / sum(pair[6] for pair in pairs)
+    assert metrics.dpo_metrics(sums, count) == pytest.approx(plain, rel=1e-6)
+    assert sums.dtype == torch.float64 and not sums.requires_grad
+    assert metrics.dpo_metrics(sums, 1, prefix="eval_").keys() == {f"eval_{name}" for name in plain}
 
 
 def log_steps(folder, first, last, *, step):
@@ -161,7 +217,9 @@ def test_samples_of_a_step_stand_once(tmp_path):
     assert "Grüße" in path.read_text(encoding="utf-8")
 
 
-def test_trackers_are_known_by_name():
+def test_trackers_are_known_by_name(monkeypatch):
+    for name in metrics.TRACKERS:
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))  # as if it were installed
     metrics.check_trackers(["tensorboard", "wandb"])
     with pytest.raises(UserError, match="report_to holds 'wandbb'; expected some of tensorboard, wandb"):
         metrics.check_trackers(["wandb", "wandbb"])
@@ -172,6 +230,27 @@ def test_a_tracker_that_is_not_installed_names_the_extra(tmp_path, monkeypatch, 
     monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
     with pytest.raises(UserError, match=r"phoenix-lm\[tracking\]"):
         metrics.MetricsLog(tmp_path, step=-1, report_to=[name])
+    with pytest.raises(UserError, match=rf"'{name}' is not usable here .*phoenix-lm\[tracking\]"):
+        metrics.check_trackers([name])
+
+
+def test_a_run_that_goes_on_has_one_id_in_wandb(tmp_path, monkeypatch):
+    begun = []
+
+    class Run:
+        log = staticmethod(lambda row, step: None)
+
+    wandb = types.ModuleType("wandb")
+    wandb.init = lambda **options: begun.append(options) or Run()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for folder, step in (("one", -1), ("one", 3), ("two", -1)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        log = metrics.MetricsLog(tmp_path / folder, step=step, report_to=["wandb"])
+        log.log(step + 1, loss=1.0)
+        log.close()
+    first, again, other = (options["id"] for options in begun)
+    assert first == again != other
+    assert all(options["resume"] == "allow" and options["id"].isalnum() for options in begun)
 
 
 @pytest.mark.parametrize(
@@ -224,6 +303,10 @@ def test_the_bar_shows_a_step_without_a_loss(capsys):
     row = {"loss": None, "learning_rate": 1e-3, "tokens_per_second": 12.0, "mfu": 0.1}
     metrics.update_bar(bar, row)
     assert "loss nan, lr 1.00e-03" in str(bar) and bar.n == 2
+    metrics.update_bar(bar, {**row, "loss": 0.0})
+    assert "loss 0.0000, lr" in str(bar)
+    metrics.update_bar(bar, {**row, "loss": 0.5, "rewards/margins": 0.25, "rewards/accuracies": 0.75})
+    assert "loss 0.5000, margins 0.2500, accuracies 0.7500, lr" in str(bar)
     bar.close()
 
 
