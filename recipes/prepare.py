@@ -8,42 +8,33 @@ is the same for any number of worker processes.  It is built beside its place an
 a killed run leaves nothing that looks like a store, and the same command makes it.  --help lists all fields.
 """
 
+import json
 import multiprocessing
 import os
 import threading
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent import futures
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
 import phoenix
 from phoenix import chat
-from phoenix.config import option, run_recipe
-from phoenix.data.filters import lot, row_key, why_dropped
-from phoenix.data.formats import (
-    KINDS,
-    Conversation,
-    Message,
-    PreferencePair,
-    RowError,
-    Text,
-    read_rows,
-    to_row,
-)
+from phoenix.config import check_bounds, option, run_recipe
+from phoenix.data.filters import lot, row_keys, why_dropped
+from phoenix.data.formats import KINDS, Row, RowError, read_rows, to_row
 from phoenix.data.preview import Document, preview_page, preview_text
+from phoenix.data.rendering import Arrays, render_row, surely_too_long
 from phoenix.data.store import FORMAT_VERSION, MANIFEST, StoreWriter
 from phoenix.files import UserError, atomic_folder, atomic_write, sha256, write_json
 from phoenix.tokenizer import Tokenizer
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart_prepare.toml"
 CHUNK = 32  # rows that go to a worker at once
-Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]  # tokens, loss mask, is a piece of the template
 Chunk = tuple[int, list[tuple[int, dict[str, Any]]]]  # number of the file, its (line, row)
 
 
@@ -61,14 +52,18 @@ class PrepareConfig:
         "pairs: cut the start of a longer prompt, whole turns where possible", None, bounds="above 0"
     )
     eval_input: tuple[Path, ...] = option("files whose rows are all held out", ())
-    eval_fraction: float = option("share of rows held out, each drawn by its text and the seed", 0.0)
-    dedup: bool = option("keep the first of rows with the same turns (pairs: the same prompt)", True)
+    eval_fraction: float = option(
+        "share of rows held out, each drawn by its text and the seed", 0.0, bounds="of at least 0 and below 1"
+    )
+    dedup: bool = option("keep the first of rows with the same turns; hold out no prompt of training", True)
     on_bad_row: str = option("a row of no known format, or in disorder", "error", ("error", "drop"))
     license: str | None = option("licence of rows that state none", None)
     seed: int = option("of the held-out split", 42)
-    num_workers: int = option("processes; 0: one a core, but no more than one for 4 MB of input", 0)
-    shard_tokens: int = option("tokens of a shard of the store at most", 2**23)
-    preview: int = option("show so many rows exactly as they will be trained", 0)
+    num_workers: int = option(
+        "processes; 0: one a core, but no more than one for 4 MB of input", 0, bounds="of at least 0"
+    )
+    shard_tokens: int = option("tokens of a shard of the store at most", 2**23, bounds="above 0")
+    preview: int = option("show so many rows exactly as they will be trained", 0, bounds="of at least 0")
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -83,6 +78,7 @@ class Outcome(NamedTuple):
     dropped: str | None
     license: str = ""
     key: int = 0
+    prompt_key: int = 0
     documents: tuple[Arrays, ...] = ()
     prompt_is_cut: bool = False
 
@@ -91,37 +87,35 @@ def main(config: PrepareConfig) -> Path:
     """Write the store; returns its folder.  Raises UserError."""
     check(config)
     renderer = Renderer(config)
-    tokenizer, template = renderer.tokenizer, renderer.template
+    tokenizer = renderer.tokenizer
     counts, licenses, cuts = ([Counter() for _ in config.files] for _ in range(3))
-    seen: set[int] = set()  # in a run over a million rows these keys are 90 MB, and nothing else grows
+    # Keys of the rows kept, and of the prompts trained on: 90 MB for a million rows, and nothing else grows.
+    seen: set[int] = set()
     shown: list[Document] = []
     with atomic_folder(config.output) as folder:
         names = ("train", "eval") if config.eval_fraction or config.eval_input else ("train",)
         parts = ("prompt", "chosen", "rejected") if config.kind == "pairs" else ("whole",)
         writers = {n: StoreWriter(folder, n, tokenizer.vocab_size, config.shard_tokens) for n in names}
         for number, row in tqdm(outcomes(config, renderer), unit=" rows", disable=None):
-            dropped = row.dropped or ("duplicate" if row.key in seen else None)
+            held_out = number >= len(config.input) or lot(row.prompt_key, config.seed) < config.eval_fraction
+            again = row.key in seen or (held_out and row.prompt_key in seen)
+            dropped = row.dropped or ("duplicate" if again else None)
             counts[number][dropped or "kept"] += 1
             if dropped:
                 continue
             if config.dedup:
-                seen.add(row.key)
+                seen |= {row.key} if held_out else {row.key, row.prompt_key}
             licenses[number][row.license] += 1
             cuts[number]["prompts_cut"] += row.prompt_is_cut
-            held_out = number >= len(config.input) or lot(row.key, config.seed) < config.eval_fraction
             split = "eval" if held_out else "train"
             writers[split].add([document[:2] for document in row.documents], (number, row.line))
             if len(shown) < config.preview * len(parts):
                 where = f"{config.files[number]}, line {row.line}"
                 shown += [Document(f"{where}, {part}", *arrays) for part, arrays in zip(parts, row.documents)]
         splits = {name: closed(writer, sum(counts, Counter())) for name, writer in writers.items()}
-        manifest = {
-            "format_version": FORMAT_VERSION, "kind": config.kind, "phoenix_version": phoenix.__version__,
-            "tokenizer_digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size,
-            "chat_template": template, "template_digest": chat.template_digest(template),
-            "max_length": config.max_length, "seed": config.seed, "eval_fraction": config.eval_fraction,
-            "splits": splits, "inputs": list(map(describe, config.files, counts, licenses, cuts)),
-        }  # fmt: skip
+        inputs = list(map(describe, config.files, counts, licenses, cuts))
+        manifest = {**made_with(config, renderer), "phoenix_version": phoenix.__version__}
+        manifest |= {"splits": splits, "inputs": inputs}
         if shown:
             with atomic_write(folder / "preview.html") as file:
                 file.write(preview_page(shown, tokenizer))
@@ -137,13 +131,12 @@ def check(config: PrepareConfig) -> None:
     missing = [str(path) for path in config.files if not path.is_file()]
     if missing or not config.input:
         raise UserError(f"input: no such file: {', '.join(missing) or 'the list is empty'}; correct it")
-    if min(config.max_length - 1, config.shard_tokens, config.num_workers + 1, config.preview + 1) < 1:
-        raise UserError("max_length must be 2 at least, shard_tokens 1, num_workers and preview 0")
+    check_bounds(config)
+    if config.max_length < 2:
+        raise UserError(f"max_length must be 2 at least, not {config.max_length}; raise it")
     if (config.max_prompt_length or 0) >= config.max_length:
         sizes = f"max_prompt_length is {config.max_prompt_length}, max_length {config.max_length}"
         raise UserError(f"{sizes}: no answer would fit; lower the first, or raise the second")
-    if not 0 <= config.eval_fraction < 1:
-        raise UserError(f"eval_fraction is {config.eval_fraction}; expected at least 0 and less than 1")
     if config.output.exists() and not (config.output / MANIFEST).is_file():
         raise UserError(f"{config.output} exists and is no token store; choose another output, or remove it")
 
@@ -179,55 +172,24 @@ class Renderer:
     def outcome(self, path: Path, line: int, raw: dict[str, Any]) -> Outcome:
         try:
             row = to_row(raw, (path, line), self.config.kind)
-            dropped = why_dropped(row) or self.surely_too_long(row)
-            documents = () if dropped else self.documents(row)
+            if dropped := why_dropped(row) or self.surely_too_long(row):
+                return Outcome(line, dropped)
+            limit = self.config.max_prompt_length
+            documents, is_cut = render_row(row, self.tokenizer, self.template, max_prompt_length=limit)
         except (UserError, ValueError) as error:  # ValueError: a character without a token
             if self.config.on_bad_row == "drop":
                 return Outcome(line, "bad_row")
             where = "" if isinstance(error, RowError) else f"{path}, line {line}: "
             raise UserError(f"{where}{error}; correct the row, or set on_bad_row=drop") from None
-        if dropped := dropped or self.why_dropped(documents):
+        if dropped := self.why_dropped(documents):
             return Outcome(line, dropped)
         licence = row.license or self.config.license or "not stated"
-        return Outcome(line, None, licence, row_key(row), documents, self.is_cut(row))
+        return Outcome(line, None, licence, *row_keys(row), documents, is_cut)
 
-    def documents(self, row: Conversation | PreferencePair | Text) -> tuple[Arrays, ...]:
-        """One document, or three of a pair: the answers go on where the prompt's tokens end."""
-        if isinstance(row, Text):
-            return (to_arrays(chat.render_text(row.text, self.tokenizer)),)
-        if isinstance(row, Conversation):
-            return (to_arrays(chat.render(row.messages, self.tokenizer, self.template)),)
-        tokens, loss_mask, is_template = self.prompt(turns := row.prompt)
-        limit = self.config.max_prompt_length or len(tokens)
-        while len(tokens) > limit and (shorter := without_first_exchange(turns)):
-            turns = shorter
-            tokens, loss_mask, is_template = self.prompt(turns)
-        answers = []
-        for answer in (row.chosen, row.rejected):
-            whole = to_arrays(chat.render((*turns, *answer), self.tokenizer, self.template))
-            if not np.array_equal(whole[0][: len(tokens)], tokens):
-                raise ValueError(f"the template {self.template} changes a prompt by what follows it")
-            answers.append(tuple(part[len(tokens) :] for part in whole))
-        return tuple(part[-limit:] for part in (tokens, np.zeros_like(loss_mask), is_template)), *answers
-
-    def prompt(self, turns: tuple[Message, ...]) -> Arrays:
-        return to_arrays(chat.render(turns, self.tokenizer, self.template, add_generation_prompt=True))
-
-    def is_cut(self, row: Conversation | PreferencePair | Text) -> bool:
-        limit = self.config.max_prompt_length if isinstance(row, PreferencePair) else None
-        return limit is not None and len(self.prompt(row.prompt)[0]) > limit
-
-    def surely_too_long(self, row: Conversation | PreferencePair | Text) -> str | None:
-        """Known by the characters alone: the tokens of a line of 60 MB would take half a minute and 3 GB."""
-        if isinstance(row, Text):
-            texts = [row.text]
-        else:
-            pair = isinstance(row, PreferencePair)
-            turns = (*row.prompt, *row.chosen, *row.rejected) if pair else row.messages
-            texts = [turn["content"] for turn in turns]
-        longest = max(map(len, texts))
-        limit = self.config.max_length * self.tokenizer.max_token_bytes
-        return "too_long" if longest > limit else None
+    def surely_too_long(self, row: Row) -> str | None:
+        most = self.config.max_length * self.tokenizer.max_token_bytes
+        prompt_is_cut = self.config.max_prompt_length is not None
+        return "too_long" if surely_too_long(row, most, prompt_is_cut=prompt_is_cut) else None
 
     def why_dropped(self, documents: tuple[Arrays, ...]) -> str | None:
         first, *answers = (len(tokens) for tokens, _, _ in documents)
@@ -237,15 +199,21 @@ class Renderer:
         return None if all(mask.any() for mask in learned) else "no_target"
 
 
-def without_first_exchange(turns: tuple[Message, ...]) -> tuple[Message, ...]:
-    """A prompt less its first question and answer; the system's turn stays.  Nothing if there is but one."""
-    start = int(turns[0]["role"] == "system")
-    return (*turns[:start], *turns[start + 2 :]) if len(turns) > start + 2 else ()
+def made_with(config: PrepareConfig, renderer: Renderer) -> dict[str, Any]:
+    """What the manifest says of how the rows were made, less their files: if it differs, the rows may.
 
-
-def to_arrays(rendered: chat.Rendered) -> Arrays:
-    loss_mask, is_template = np.array(rendered.loss_mask, bool), np.array(rendered.is_template, bool)
-    return np.array(rendered.tokens, np.int32), loss_mask, is_template
+    "config": every field that shapes the store; the digests stand for the folder of the tokenizer.
+    """
+    tokenizer, template = renderer.tokenizer, renderer.template
+    others = ("output", "model_name_or_path", "num_workers", "preview")
+    shaping = {name: value for name, value in asdict(config).items() if name not in others}
+    return {
+        "format_version": FORMAT_VERSION, "kind": config.kind,
+        "tokenizer_digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size,
+        "chat_template": template, "template_digest": chat.template_digest(template),
+        "max_length": config.max_length, "seed": config.seed, "eval_fraction": config.eval_fraction,
+        "config": json.loads(json.dumps({**shaping, "chat_template": template}, default=str)),  # paths
+    }  # fmt: skip
 
 
 def outcomes(config: PrepareConfig, renderer: Renderer) -> Iterator[tuple[int, Outcome]]:

@@ -1,14 +1,12 @@
 """Which rows stay: keys for duplicates and for the held-out split, rows without content.
 
-The length filter stands in recipes/prepare.py, since it counts tokens.
+The length filters stand in rendering.py and recipes/prepare.py, since they count tokens.
 """
 
 import hashlib
 import unicodedata
 
-from phoenix.data.formats import Conversation, Message, PreferencePair, Text
-
-Row = Conversation | PreferencePair | Text
+from phoenix.data.formats import Conversation, Message, PreferencePair, Row, Text
 
 
 def why_dropped(row: Row) -> str | None:
@@ -24,19 +22,22 @@ def why_dropped(row: Row) -> str | None:
     return None
 
 
-def row_key(row: Row) -> int:
-    """64 bits that rows of one text share: of all turns, of a pair's prompt, of a plain text.
+def row_keys(row: Row) -> tuple[int, int]:
+    """64 bits that rows of one text share, of the whole row and of what draws its lot.
 
-    Unicode form, white space and letter case make no difference.  Two different rows among a million meet by
-    chance with a probability of 3e-8.
+    The first is of all turns (a pair: prompt and both answers) or of a plain text; the second is of a pair's
+    prompt, so that all pairs of one prompt land on one side, and equal to the first for other rows.  Unicode
+    form, white space and letter case make no difference.  Two different rows among a million meet by chance
+    with a probability of 3e-8.
     """
-    turns = _turns(row)[: len(row.prompt)] if isinstance(row, PreferencePair) else _turns(row)
-    text = "\x1e".join(f"{role}\x1f{_normal(text)}" for role, text in turns)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+    if isinstance(row, PreferencePair):
+        prompt, *answers = (_joined(_said(turns)) for turns in (row.prompt, row.chosen, row.rejected))
+        return _key("\x1d".join((prompt, *answers))), _key(prompt)
+    return (_key(_joined(_turns(row))),) * 2
 
 
 def lot(key: int, seed: int) -> float:
-    """A number in [0, 1) drawn by a row's key and the seed: the same row always lands on the same side."""
+    """A number in [0, 1) drawn by a row's second key and the seed: a row always lands on the same side."""
     drawn = hashlib.blake2b(f"{seed} {key}".encode(), digest_size=6).digest()
     return int.from_bytes(drawn, "big") / 2**48
 
@@ -44,8 +45,19 @@ def lot(key: int, seed: int) -> float:
 def _turns(row: Row) -> list[tuple[str, str]]:
     if isinstance(row, Text):
         return [("text", row.text)]
-    messages = row.messages if isinstance(row, Conversation) else (*row.prompt, *row.chosen, *row.rejected)
+    return _said(row.messages if isinstance(row, Conversation) else (*row.prompt, *row.chosen, *row.rejected))
+
+
+def _said(messages: tuple[Message, ...]) -> list[tuple[str, str]]:
     return [(message["role"], message["content"]) for message in messages]
+
+
+def _joined(turns: list[tuple[str, str]]) -> str:
+    return "\x1e".join(f"{role}\x1f{_normal(text)}" for role, text in turns)
+
+
+def _key(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def _same(messages: tuple[Message, ...]) -> list[str]:

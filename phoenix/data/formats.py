@@ -17,7 +17,17 @@ from typing import Any
 from phoenix.data.reading import read_rows
 from phoenix.files import UserError
 
-__all__ = ["FORMATS", "Conversation", "Message", "PreferencePair", "RowError", "Text", "read_rows", "to_row"]
+__all__ = [
+    "FORMATS",
+    "Conversation",
+    "Message",
+    "PreferencePair",
+    "Row",
+    "RowError",
+    "Text",
+    "read_rows",
+    "to_row",
+]
 
 Message = dict[str, str]
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from phoenix.data.filters import lot, row_key, why_dropped
+from phoenix.data.filters import lot, row_keys, why_dropped
 from phoenix.data.formats import Conversation, PreferencePair, Text
 
 
@@ -35,12 +35,13 @@ def test_what_can_be_seen_stays():
 
 
 def test_a_key_sees_through_form_space_and_case_but_not_content():
-    key = row_key(conversation("Größe der Straße?", "Drei Meter."))
+    key, of_lot = row_keys(conversation("Größe der Straße?", "Drei Meter."))
+    assert key == of_lot
     for question, answer in (
         ("Gro\u0308ße der Straße?", "Drei Meter."),
         (" größe\n der\u00a0STRASSE?", "drei  meter."),
     ):
-        assert row_key(conversation(question, answer)) == key
+        assert row_keys(conversation(question, answer)) == (key, key)
     others = [
         conversation("Größe der Straße?", "Drei Meter"),
         conversation("Grosse der Straße?", "Drei Meter."),
@@ -48,8 +49,22 @@ def test_a_key_sees_through_form_space_and_case_but_not_content():
         conversation("Größe der Straße?", "Drei Meter.", "Größe der Straße?", "Drei Meter."),
         Text("Größe der Straße? Drei Meter.", "x", None, 1),
     ]
-    assert len({row_key(row) for row in others} | {key}) == len(others) + 1
-    assert row_key(pair("Q", "A", "B")) == row_key(pair("q ", "C", "D")) != row_key(pair("R", "A", "B"))
+    assert len({row_keys(row)[0] for row in others} | {key}) == len(others) + 1
+
+
+def test_pairs_of_one_prompt_share_the_lot_and_are_no_duplicates():
+    keys = [row_keys(pair(*texts)) for texts in (("Q", "A", "B"), ("q ", "a", "B\n"))]
+    assert keys[0] == keys[1]
+    others = [row_keys(pair(*texts)) for texts in (("Q", "A", "C"), ("Q", "C", "B"), ("Q", "B", "A"))]
+    assert {of_lot for _, of_lot in others} == {keys[0][1]}
+    assert len({whole for whole, _ in [*others, keys[0]]}) == 4
+    other_prompt = row_keys(pair("R", "A", "B"))
+    assert other_prompt[0] != keys[0][0] and other_prompt[1] != keys[0][1]
+    early, late = (
+        PreferencePair(turns[:cut], turns[cut:], chat("Q", "A", "Q", "B")[cut:], "x", None, 1)
+        for turns in [chat("Q", "A", "Q", "A")] for cut in (1, 3)
+    )  # fmt: skip
+    assert row_keys(early)[0] != row_keys(late)[0]
 
 
 def test_lots_are_even_and_depend_on_key_and_seed():

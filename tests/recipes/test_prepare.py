@@ -168,6 +168,45 @@ def test_a_pair_is_three_documents_that_join_to_whole_conversations(configure, s
             assert mask.tolist() == whole.loss_mask[len(prompt[0]) :] and mask[0]
 
 
+def test_a_prompt_is_held_out_with_all_its_pairs_and_never_one_of_training(configure, tmp_path):
+    def pairs(numbers, chosen):
+        return [{"prompt": f"Frage {n}?", "chosen": chosen, "rejected": "Nein."} for n in numbers]
+
+    options = {"kind": "pairs", "eval_fraction": 0.3}
+    rows = [*pairs(range(60), "Gut."), *pairs(range(60), "Besser."), *pairs(range(5), "gut. ")]
+    other = write(tmp_path / "other.jsonl", [*pairs(range(60), "Am besten."), *pairs([99], "Gut.")])
+    files = write(tmp_path / "rows.jsonl", rows), other
+    folder = prepare.main(configure(files[:1], eval_input=files[1:], **options))
+    splits = {name: TokenStore.open(folder, name, kind="pairs") for name in ("train", "eval")}
+    prompts = {
+        name: [store.document(i)[0].tobytes() for i in range(0, len(store), 3)]
+        for name, store in splits.items()
+    }
+    assert not set(prompts["train"]) & set(prompts["eval"])
+    assert len(set(prompts["train"])) + len(set(prompts["eval"])) == 61
+    trained, held_out = len(set(prompts["train"])), len(set(prompts["eval"])) - 1
+    assert min(trained, held_out) > 5
+    assert len(prompts["train"]) == 2 * trained, "both pairs of a prompt"
+    assert len(prompts["eval"]) == 3 * held_out + 1, "both, and the one of eval_input"
+    first, second = splits["train"].manifest["inputs"]
+    assert first["dropped"] == {"duplicate": 5} and second["dropped"] == {"duplicate": trained}
+
+
+def test_the_manifest_states_what_shapes_the_rows(configure, tmp_path):
+    config = configure(conversations(30), eval_fraction=0.25, license="MIT")
+    manifest = json.loads((prepare.main(config) / MANIFEST).read_text())
+    stated = manifest["config"]
+    names = {field.name for field in dataclasses.fields(config)}
+    assert names - stated.keys() == {"output", "model_name_or_path", "num_workers", "preview"}
+    assert stated["input"] == [str(tmp_path / "rows.jsonl")] and stated["eval_input"] == []
+    assert stated["chat_template"] == manifest["chat_template"] == "chatml", "as resolved"
+    assert (stated["eval_fraction"], stated["license"]) == (0.25, "MIT")
+    made_with = prepare.made_with(config, prepare.Renderer(config))
+    assert {name: manifest[name] for name in made_with} == made_with, "as JSON gives it back"
+    other = dataclasses.replace(config, dedup=False)
+    assert prepare.made_with(other, prepare.Renderer(other))["config"] != stated
+
+
 def test_a_killed_run_leaves_no_store_and_the_next_one_is_whole(configure, tmp_path, bpe_tokenizer_folder):
     rows = write(tmp_path / "rows.jsonl", conversations(600))
     whole = contents(prepare.main(configure((rows,), output=tmp_path / "whole", shard_tokens=2000)))
@@ -304,11 +343,11 @@ runpy.run_path("recipes/prepare.py", run_name="__main__")
 """
 
 
-def as_a_user(path, output, model):
+def as_a_user(path, output, model, *options):
     """Exit code, what stands on stderr behind the bar, and peak MB of a process that prepares a file."""
     command = [
         sys.executable, "-c", RUN, f'input=["{path}"]', f"output={output}", "eval_fraction=0.0",
-        f"model_name_or_path={model}", "num_workers=1", "preview=0",
+        f"model_name_or_path={model}", "num_workers=1", "preview=0", *options,
     ]  # fmt: skip
     path = os.pathsep.join(["recipes", *sys.path])
     done = subprocess.run(
@@ -362,6 +401,11 @@ def test_a_line_that_does_not_parse_always_stops(configure, tmp_path):
         ({"eval_fraction": 1.0}, "eval_fraction is 1.0"),
         ({"eval_fraction": 1e-9}, "no row is left for the split 'eval': 30 kept"),
         ({"max_length": 1}, "max_length must be 2"),
+        ({"max_prompt_length": 0}, "max_prompt_length is 0; expected a number above 0"),
+        ({"max_prompt_length": -3}, "max_prompt_length is -3; expected a number above 0"),
+        ({"shard_tokens": 0}, "shard_tokens is 0; expected a number above 0"),
+        ({"num_workers": -1}, "num_workers is -1; expected a number of at least 0"),
+        ({"preview": -1}, "preview is -1; expected a number of at least 0"),
         ({"model_name_or_path": Path("a\nb")}, r"^a\\nb: there is no such folder"),
     ],
 )
@@ -414,3 +458,68 @@ def test_a_long_prompt_loses_its_first_turns_then_its_first_tokens(tmp_path, bpe
     assert tokens[1:3] == whole[1:3] and tokens[4:] == whole[4:]
     with pytest.raises(UserError, match="max_prompt_length is 200, max_length 200: no answer would fit"):
         documents(200)
+
+
+ANSWERS = {"chosen": say("x", "Viele.")[1:], "rejected": say("x", "Weiß nicht.")[1:]}
+
+
+def cut_store(configure, rows, limit, model):
+    """Documents and manifest of a store of pairs whose prompts are cut to `limit` tokens."""
+    options = {"kind": "pairs", "max_length": 100, "max_prompt_length": limit, "model_name_or_path": model}
+    store = TokenStore.open(prepare.main(configure(rows, chat_template="zephyr", **options)), kind="pairs")
+    return [store.document(number)[0].tolist() for number in range(len(store))], store.manifest["inputs"][0]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 7, 30])
+def test_a_cut_prompt_keeps_its_bos(configure, sp_tokenizer_folder, limit):
+    tokenizer = Tokenizer.from_pretrained(sp_tokenizer_folder)
+    asked = say("Der Zug nach Köln fährt heute zwölf Minuten später ab.")
+    whole = chat.render(asked, tokenizer, "zephyr", add_generation_prompt=True).tokens
+    assert whole[0] == tokenizer.bos_id and len(whole) > 30
+    [prompt, *answers], entry = cut_store(
+        configure, [{"prompt": asked, **ANSWERS}], limit, sp_tokenizer_folder
+    )
+    assert prompt == [tokenizer.bos_id, *whole[len(whole) - limit + 1 :]] and len(prompt) == limit
+    assert entry["prompts_cut"] == 1
+    for tokens, name in zip(answers, ("chosen", "rejected")):
+        full = chat.render((*asked, *ANSWERS[name]), tokenizer, "zephyr").tokens
+        assert tokens == full[len(whole) :]
+
+
+@pytest.mark.parametrize("limit", [None, 40])
+def test_a_prompt_is_rendered_once_and_with_each_answer(configure, monkeypatch, limit):
+    rendered, render = [], chat.render
+    monkeypatch.setattr(chat, "render", lambda *args, **more: rendered.append(args) or render(*args, **more))
+    rows = [{"prompt": say("Wer bist du?"), **ANSWERS}]
+    renderer = prepare.Renderer(configure(rows, kind="pairs", max_prompt_length=limit))
+    rendered.clear()
+    outcome = renderer.outcome(Path("rows.jsonl"), 1, rows[0])
+    assert len(outcome.documents) == 3 and not outcome.prompt_is_cut
+    assert len(rendered) == 3
+
+
+def test_a_prompt_that_will_be_cut_is_never_too_long(configure, sp_tokenizer_folder):
+    """However long: an early turn, the last one, the system's; and it is cut to the tokens of the whole."""
+    tokenizer = Tokenizer.from_pretrained(sp_tokenizer_folder)
+    long = " ".join(WORDS * (2 * 100 * tokenizer.max_token_bytes // 50))
+    assert len(long) > 100 * tokenizer.max_token_bytes
+    system = [{"role": "system", "content": long}]
+    prompts = [say(long, "Ja.", "Und nun?"), say("Hallo", "Ja.", long), [*system, *say("Und nun?")]]
+    rows = [{"prompt": prompt, **ANSWERS} for prompt in prompts]
+    documents, entry = cut_store(configure, rows, 40, sp_tokenizer_folder)
+    assert entry["kept"] == entry["prompts_cut"] == 3
+    ask = lambda turns: chat.render(turns, tokenizer, "zephyr", add_generation_prompt=True).tokens  # noqa: E731
+    assert documents[0] == ask(say("Und nun?"))
+    for prompt, document in zip((prompts[1][2:], prompts[2]), documents[3::3]):
+        assert document == [tokenizer.bos_id, *ask(prompt)[-39:]]
+    rows = [{**rows[0], "chosen": say("x", long)[1:]}, rows[0]]
+    assert cut_store(configure, rows, 40, sp_tokenizer_folder)[1]["dropped"] == {"too_long": 1}
+
+
+def test_a_huge_prompt_is_cut_before_its_tokens_fill_the_memory(tmp_path, bpe_tokenizer_folder):
+    path, turns = tmp_path / "rows.jsonl", say("Er sagt es. " * 10**6)
+    write(path, [{"prompt": turns, **ANSWERS}])
+    options = ["kind=pairs", "max_prompt_length=50"]
+    code, error, memory = as_a_user(path, tmp_path / "store", bpe_tokenizer_folder, *options)
+    assert (code, error) == (0, "") and memory < 400
+    assert json.loads((tmp_path / "store" / MANIFEST).read_text())["inputs"][0]["prompts_cut"] == 1
