@@ -25,7 +25,7 @@ from phoenix import chat, report
 from phoenix.config import check_bounds, load_config, option, run_recipe
 from phoenix.data import language
 from phoenix.data.formats import Conversation, read_rows, to_row
-from phoenix.eval.language import judge, shares
+from phoenix.eval.language import judge, shares, spread
 from phoenix.eval.scoring import bits_per_byte
 from phoenix.files import UserError, read_json, read_json_lines, require, sha256, write_json
 from phoenix.generation import Sampling, generate_all
@@ -33,6 +33,7 @@ from phoenix.model.mistral import Mistral
 from phoenix.tokenizer import Tokenizer
 from phoenix.train.distributed import resolve_dtype
 from phoenix.train.metrics import measure_gemm
+from phoenix.train.reference import model_digest
 from phoenix.train.run import is_done
 
 Table = dict[str, Any]
@@ -48,7 +49,7 @@ class QuickstartConfig:
     prepare_dpo_config: Path = option("config of recipes/prepare.py, for dpo", default=dpo.PAIRS)
     dpo_config: Path = option("config of recipes/dpo.py", default=dpo.QUICKSTART)
     held_out: Path = option("prompts with answers to measure on", Path("recipes/sample/held_out.jsonl"))
-    max_steps: int | None = option("end each training after this many steps", default=None)
+    max_steps: int | None = option("end each training after this many steps", None, bounds="above 0")
     prompts: int = option("measure on so many held-out prompts; 0: on all", 0, bounds="of at least 0")
     max_new_tokens: int = option("tokens of a reply; references have about 300", 512, bounds="above 0")
     temperature: float = option("0: always the most probable token", 0.8, bounds="of at least 0")
@@ -82,12 +83,12 @@ def main(config: QuickstartConfig) -> Path:
     results = {"base": measure(config, "base", base, template, rows)}
     for number, (name, (_, training)) in zip((4, 6), stages.items()):
         trained = training.output_dir / "model"
-        check_run(training)
+        goes_on = begin_run(training)
         if is_done(training.output_dir) and (trained / "manifest.json").exists():
             say(f"{number} of 7: the model of {name} is there: {trained}")
         else:
             say(f"{number} of 7: training into {training.output_dir}")
-            with timed(config, name, goes_on=training.output_dir.exists()):
+            with timed(config, name, goes_on=goes_on):
                 RECIPES[name].main(training)
         say(f"{number + 1} of 7: the model of {name} on {len(rows)} held-out prompts")
         results[name] = measure(config, name, trained, template, rows)
@@ -123,12 +124,14 @@ def load_stages(config: QuickstartConfig) -> dict[str, tuple]:
 def make_store(
     config: QuickstartConfig, preparation: prepare.PrepareConfig, training: sft.SFTConfig | dpo.DPOConfig
 ) -> None:
-    if store_is_current(preparation):
+    there = (preparation.output / "manifest.json").exists()
+    differs = made_otherwise(preparation) if there else []
+    if there and not differs:
         say(f"2 of 7: the token store is there: {preparation.output}")
         return
-    if training.output_dir.exists() and preparation.output.exists():
-        raise UserError(f"{preparation.output} was made from other rows than its input now holds, and "
-                        f"{training.output_dir} was trained on it; remove both")  # fmt: skip
+    if there and training.output_dir.exists():
+        raise UserError(f"{preparation.output} was made from other rows or settings ({', '.join(differs)}), "
+                        f"and {training.output_dir} was trained on it; remove both")  # fmt: skip
     say(f"2 of 7: preparing the token store {preparation.output}")
     with timed(config, "prepare", goes_on=training.output_dir.name == "dpo"):
         prepare.main(preparation)
@@ -144,41 +147,44 @@ def preferences(config: QuickstartConfig) -> Table:
 def held_out_rows(config: QuickstartConfig) -> list[Table]:
     """The rows to measure on, `prompts` of them: evenly from each language, so from all categories."""
     rows = [row for _, row in read_rows(config.held_out)]
-    languages = {
-        row["language"]: [other for other in rows if other["language"] == row["language"]] for row in rows
-    }
-    if set(languages) != {"de", "en"}:
-        raise UserError(
-            f"{config.held_out}: languages are {sorted(languages)}; expected rows of 'de' and of 'en'"
-        )
-    counts = {name: max(1, round(config.prompts * len(part) / len(rows))) for name, part in languages.items()}
-    if not config.prompts or sum(counts.values()) >= len(rows):
-        return rows
-    return [
-        part[i * len(part) // counts[name]] for name, part in languages.items() for i in range(counts[name])
-    ]
+    languages = sorted({row["language"] for row in rows})
+    if languages != ["de", "en"]:
+        raise UserError(f"{config.held_out}: languages are {languages}; expected rows of 'de' and of 'en'")
+    return spread(rows, config.prompts)
 
 
-def store_is_current(preparation: prepare.PrepareConfig) -> bool:
-    path = preparation.output / "manifest.json"
-    if not path.exists():
-        return False
-    made_from = {
-        entry["path"]: entry["sha256"] for entry in read_json(path, "manifest of the store")["inputs"]
-    }
-    return made_from == {str(path): sha256(path) for path in preparation.files if path.is_file()}
+def made_otherwise(preparation: prepare.PrepareConfig) -> list[str]:
+    """What a store's manifest states otherwise than its preparation would now; an older one states less."""
+    manifest = read_json(preparation.output / "manifest.json", "manifest of the store")
+    stated = {**manifest, **manifest.get("config", {})}
+    stated["files of rows"] = {entry["path"]: entry["sha256"] for entry in manifest["inputs"]}
+    expected = prepare.made_with(preparation, prepare.Renderer(preparation))
+    expected |= expected.pop("config")
+    expected["files of rows"] = {str(path): sha256(path) for path in preparation.files if path.is_file()}
+    return [name for name, value in expected.items() if stated.get(name, value) != value]
 
 
-def check_run(training: sft.SFTConfig | dpo.DPOConfig) -> None:
-    """UserError if the run folder holds a run of another config: continued, it would be neither of both."""
-    path = training.output_dir / "config.toml"
+def begin_run(training: sft.SFTConfig | dpo.DPOConfig) -> bool:
+    """Record the model that a run starts from; True if its folder was there.
+
+    UserError if the folder holds a run of another config, or one that started from another model, as an
+    earlier fine-tuning gave it: continued, it would be neither of both.
+    """
+    folder, there = training.output_dir, training.output_dir.exists()
+    path, start = folder / "config.toml", folder / "start.json"
+    digest = model_digest(training.model_name_or_path)
     if path.exists():
         found = load_config(type(training), [], path)
         for field in fields(training):
             if getattr(found, field.name) != getattr(training, field.name):
                 raise UserError(f"{path}: {field.name} is {getattr(found, field.name)}; expected "
-                                f"{getattr(training, field.name)}; remove {training.output_dir}, or choose "
+                                f"{getattr(training, field.name)}; remove {folder}, or choose "
                                 "another output_dir")  # fmt: skip
+        if start.exists() and read_json(start, "start of a run").get("model") != digest:
+            raise UserError(f"{folder}: its training started from another model than now stands in "
+                            f"{training.model_name_or_path}; remove {folder} to train it again")  # fmt: skip
+    write_json(start, {"model": digest})
+    return there
 
 
 def measure(config: QuickstartConfig, stage: str, folder: Path, template: str, rows: list[Table]) -> Table:
@@ -223,13 +229,9 @@ def training_texts(config: QuickstartConfig) -> Iterator[str]:
 def print_results(table: list[tuple], pairs: Table, shown: list[tuple[Table, ...]], seconds: Table) -> None:
     say(f"\n{'':48}{'base':>10}{'sft':>10}{'dpo':>10}")
     for name, *values in table:
-        cells = (
-            "-" if value is None else f"{value:.3f}" if isinstance(value, float) else value
-            for value in values
-        )
-        say(f"{name:48}" + "".join(f"{cell:>10}" for cell in cells))
+        say(f"{name:48}" + "".join(map(cell, values)))
     for name, (before, after) in pairs.items():
-        say(f"held-out pairs, {name:32}{'':10}{before:>10.3f}{after:>10.3f}")
+        say(f"held-out pairs, {name:32}{'':10}{cell(before)}{cell(after)}")
     for replies in shown:
         say("\n" + readable(replies[0]["prompt"], 104))
         columns = [textwrap.wrap(readable(one["reply"], 300), 33) for one in replies]
@@ -238,6 +240,12 @@ def print_results(table: list[tuple], pairs: Table, shown: list[tuple[Table, ...
             say("  " + " | ".join(f"{cell:33}" for cell in cells).rstrip())
     say("\n" + textwrap.fill(EXPECT, 104) + "\n")
     say("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()))
+
+
+def cell(value: float | int | None) -> str:
+    """A figure in ten columns; a dash for none, as of no replies, or of a loss that was not finite."""
+    text = "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+    return f"{text:>10}"
 
 
 def readable(text: str, length: int) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,9 @@ import pytest
 import torch
 
 from phoenix import chat
-from phoenix.config import load_config
+from phoenix.config import load_config, save_config
 from phoenix.data import language
+from phoenix.data.store import TokenStore
 from phoenix.eval.language import judge, shares
 from phoenix.eval.scoring import bits_per_byte
 from phoenix.files import UserError
@@ -180,6 +182,98 @@ def test_rows_that_changed_after_training_are_noticed(place, config, finished):
         (place / "rows.jsonl").write_text(rows, encoding="utf-8")
 
 
+SETTINGS = [
+    ("prepare", "max_length = 128", "max_length = 127", "max_length"),
+    ("prepare", 'chat_template = "chatml"', 'chat_template = "zephyr"', "chat_template, template_digest"),
+    ("prepare", "num_workers = 1", "dedup = false", "dedup"),
+    ("prepare", "num_workers = 1", "seed = 1", "seed"),
+    ("prepare", "num_workers = 1", "eval_fraction = 0.2", "eval_fraction"),
+    ("prepare", "num_workers = 1", 'eval_input = ["{place}/held_out.jsonl"]', "eval_input, files of rows"),
+    ("prepare", "{place}/base", "{other}", "tokenizer_digest, vocab_size"),
+    ("prepare_dpo", "num_workers = 1", "max_prompt_length = 9", "max_prompt_length"),
+]
+
+
+@pytest.mark.parametrize("name, old, new, found", SETTINGS)
+def test_settings_that_changed_after_training_are_noticed(
+    place, config, finished, sp_tokenizer_folder, name, old, new, found
+):
+    text = (place / f"{name}.toml").read_text()
+    old, new = (part.format(place=place, other=sp_tokenizer_folder) for part in (old, new))
+    assert old in text
+    (place / "changed.toml").write_text(text.replace(old, new))
+    other = dataclasses.replace(config, **{f"{name}_config": place / "changed.toml"})
+    with pytest.raises(UserError, match=rf"made from other rows or settings \({found}\)") as error:
+        quickstart.main(other)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_that_make_the_same_rows_and_older_stores_are_current(place, finished):
+    text = (place / "prepare.toml").read_text()
+    (place / "changed.toml").write_text(text.replace("num_workers = 1", "num_workers = 2\npreview = 3"))
+    preparation = load_config(quickstart.prepare.PrepareConfig, [], place / "changed.toml")
+    assert quickstart.made_otherwise(preparation) == []
+    manifest = place / "store" / "manifest.json"
+    written = manifest.read_text()
+    try:
+        older = json.loads(written)
+        del older["config"]
+        manifest.write_text(json.dumps(older))
+        assert quickstart.made_otherwise(preparation) == []
+        other = dataclasses.replace(preparation, max_length=127, seed=7)
+        assert quickstart.made_otherwise(other) == ["max_length", "seed"]
+        assert len(TokenStore.open(place / "store")) == 12
+    finally:
+        manifest.write_text(written)
+
+
+def test_preferences_trained_on_an_earlier_fine_tuning_are_not_kept(place, config, finished):
+    settings = (place / "sft.toml").read_text()
+    (place / "sft_again.toml").write_text(settings.replace("learning_rate = 1e-2", "learning_rate = 2e-2"))
+    kept = shutil.move(place / "run" / "sft", place / "sft_before")
+    try:
+        with pytest.raises(UserError, match=r"run/dpo: its training started from another model") as error:
+            quickstart.main(dataclasses.replace(config, sft_config=place / "sft_again.toml"))
+        assert "\n" not in str(error.value)
+    finally:
+        shutil.rmtree(place / "run" / "sft")
+        shutil.move(kept, place / "run" / "sft")
+
+
+def test_a_run_that_never_began_may_start_from_another_model(place, config, finished, tmp_path):
+    _, training = quickstart.load_stages(config)["dpo"]
+    training = dataclasses.replace(training, output_dir=tmp_path / "dpo")
+    assert not quickstart.begin_run(training)
+    other = dataclasses.replace(training, model_name_or_path=place / "base")
+    assert quickstart.begin_run(other)
+    save_config(tmp_path / "dpo" / "config.toml", other)
+    assert quickstart.begin_run(other)
+    save_config(tmp_path / "dpo" / "config.toml", training)
+    with pytest.raises(UserError, match="started from another model than now stands in"):
+        quickstart.begin_run(training)
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_steps_have_bounds(config, steps):
+    with pytest.raises(UserError, match=f"max_steps is {steps}; expected a number above 0"):
+        quickstart.main(dataclasses.replace(config, max_steps=steps))
+
+
+def test_a_loss_that_was_not_finite_is_a_dash(place, config, finished, capsys):
+    path = place / "run" / "dpo" / "metrics.jsonl"
+    written = path.read_text()
+    rows = [json.loads(line) for line in written.splitlines()]
+    try:
+        path.write_text("".join(json.dumps({**row, "eval_loss": None}) + "\n" if "eval_loss" in row
+                                else json.dumps(row) + "\n" for row in rows))  # fmt: skip
+        capsys.readouterr()
+        quickstart.main(config)
+    finally:
+        path.write_text(written)
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "held-out pairs, eval_loss" in line]
+    assert line.split()[-2:] == ["-", "-"]
+
+
 @pytest.mark.parametrize("prompts", [0, 1, 2, 5, 10, 25, 50, 99])
 def test_prompts_are_spread_over_languages_and_categories(prompts):
     path = ROOT / "recipes" / "sample" / "held_out.jsonl"
@@ -217,6 +311,14 @@ def test_shares_count_what_they_say():
         "german_reply_share": 2 / 3, "undecided_share": 1 / 4, "ended_share": 2 / 4,
         "echo_or_loop_share": 1 / 4, "english_reply_share": 1 / 2, "equal_replies": 2, "repeats_training": 1,
     }  # fmt: skip
+
+
+def test_shares_of_no_replies_are_none():
+    index = language.run_index([GERMAN[1]])
+    english = [judge(row("en", 1, *ENGLISH), Reply(ENGLISH[1], [1], "stop"), index)]
+    assert shares(english) == {**dict.fromkeys(SHARES), "english_reply_share": 1, "equal_replies": 0,
+                               "repeats_training": 0}  # fmt: skip
+    assert {shares([])[name] for name in SHARES} == {None}
 
 
 def test_seconds_go_on_over_a_stop(tmp_path):
