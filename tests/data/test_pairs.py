@@ -7,6 +7,7 @@ import torch
 from phoenix.data.pairs import PairLoader, common_prefix
 from phoenix.data.store import FORMAT_VERSION, MANIFEST, StoreWriter, TokenStore
 from phoenix.files import UserError, write_json
+from phoenix.losses import dpo_loss, sequence_logps
 from phoenix.model.layout import AttentionLayout, PackedBatch
 from phoenix.model.mistral import Mistral, MistralConfig
 
@@ -142,3 +143,108 @@ def test_a_prefix_ends_where_masks_differ():
     one, other = np.array([0, 0, 1, 1, 1], bool), np.array([0, 0, 1, 0, 1], bool)
     assert common_prefix((tokens, one), (tokens, other)) == 3
     assert common_prefix((tokens, one), (tokens[:3], one[:3])) == 2
+
+
+# The loss itself in three ways: shared prompts in one stream, each sequence alone, rows padded to one length
+
+MERGED = {
+    "answers merge with the template": ([1, 2, 3], [4, 5, 6, 7, 8], [4, 9, 7, 8]),
+    "equal tokens of which one answer learns fewer": ([1, 2], [3, 4, 5], [3, 4, 6]),
+}
+MERGED_MASKS = dict(zip(MERGED, [([0, 0, 1, 1, 1], [0, 0, 1, 1]), ([1, 1, 1], [0, 1, 1])]))
+PAD = 7  # also a token of the text: nothing may depend on it
+
+
+def in_one_stream(model: Mistral, store: TokenStore) -> torch.Tensor:
+    loader = PairLoader(store, seed=0, global_batch_size=99, micro_batch_tokens=999)
+    micro = loader.packed_batch(np.arange(len(store) // 3))
+    return torch.stack(micro.logps(model(micro.batch)), 1)
+
+
+def padded_rows(store: TokenStore) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens, labels (not shifted) and what is no padding, each [n, t]: all chosen, then all rejected."""
+    numbers = [(pair, part) for part in (1, 2) for pair in range(0, len(store), 3)]
+    rows = [[store.document(pair), store.document(pair + part)] for pair, part in numbers]
+    size = max(len(prompt[0]) + len(answer[0]) for prompt, answer in rows)
+    tokens, labels = torch.full((len(rows), size), PAD), torch.full((len(rows), size), -100)
+    is_text = torch.zeros(len(rows), size, dtype=torch.bool)
+    for row, (prompt, answer) in enumerate(rows):
+        ids = torch.tensor([*prompt[0].tolist(), *answer[0].tolist()])
+        learned = torch.tensor([*[False] * len(prompt[0]), *answer[1].astype(bool).tolist()])
+        tokens[row, : len(ids)], is_text[row, : len(ids)] = ids, True
+        labels[row, : len(ids)] = torch.where(learned, ids, -100)
+    return tokens, labels, is_text
+
+
+def padded(model: Mistral, store: TokenStore) -> torch.Tensor:
+    tokens, labels, _ = padded_rows(store)
+    layout = AttentionLayout.packed([tokens.shape[1]] * len(tokens))
+    logits = model.logits(tokens.flatten(), layout).view(*tokens.shape, VOCAB)
+    return sequence_logps(logits, labels).view(2, -1).T
+
+
+def padded_in_transformers(model: torch.nn.Module, store: TokenStore) -> torch.Tensor:
+    tokens, labels, is_text = padded_rows(store)
+    return sequence_logps(model(tokens, attention_mask=is_text.long()).logits, labels).view(2, -1).T
+
+
+def logps_and_gradients(logps_of, model, reference, store):
+    """Of all answers [pairs, 2], and {parameter: gradient} of the mean sigmoid loss."""
+    logps = logps_of(model, store)
+    with torch.no_grad():
+        known = logps_of(reference, store)
+    losses, *_ = dpo_loss(*logps.unbind(1), *known.unbind(1), beta=0.1)
+    names, parameters = zip(*model.named_parameters())
+    return logps.detach(), dict(zip(names, torch.autograd.grad(losses.mean(), parameters)))
+
+
+def in_transformers(model: Mistral) -> torch.nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MistralConfig(**model.config.to_dict(), attn_implementation="eager")
+    other = transformers.MistralForCausalLM(config).eval()
+    other.load_state_dict(model.state_dict(), strict=True)
+    return other
+
+
+def assert_one_loss(folder, dtype, window, others, *, logps, gradients):
+    """others: functions as `padded`, and what makes a model of ours into the one that it takes."""
+    store = make_store(folder, PAIRS | MERGED, MERGED_MASKS)
+    models = [make_model(dtype, window) for _ in range(2)]
+    models[1].init_weights(torch.Generator().manual_seed(2))
+    expected, wanted = logps_and_gradients(in_one_stream, *models, store)
+    assert len(expected) == len(PAIRS | MERGED) and (expected < 0).all()
+    for logps_of, convert in others:
+        found, slopes = logps_and_gradients(logps_of, *map(convert, models), store)
+        torch.testing.assert_close(found, expected, rtol=0, atol=logps * float(expected.abs().max()))
+        assert set(slopes) == set(wanted)
+        for name, slope in slopes.items():
+            close = gradients * float(wanted[name].abs().max())
+            assert close > 0 and (slope - wanted[name]).abs().max() <= close, name
+
+
+# Prompts have 1 to 30 tokens: windows shorter than most, longer than most, longer than all.
+@pytest.mark.parametrize("window", [2, 10, 40])
+@pytest.mark.parametrize(
+    "dtype, logps, gradients", [(torch.float64, 1e-10, 1e-10), (torch.float32, 1e-5, 1e-4)]
+)
+def test_shared_padded_and_single_sequences_have_one_dpo_loss(tmp_path, dtype, logps, gradients, window):
+    others = [(one_at_a_time, lambda model: model), (padded, lambda model: model)]
+    assert_one_loss(tmp_path, dtype, window, others, logps=logps, gradients=gradients)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("window", [None, 2, 10, 40])
+def test_a_padded_batch_in_transformers_has_the_same_dpo_loss(tmp_path, window):
+    others = [(padded_in_transformers, in_transformers)]
+    assert_one_loss(tmp_path, torch.float32, window, others, logps=1e-5, gradients=1e-4)
+
+
+def test_a_prefix_ends_within_what_the_template_wrote(tmp_path):
+    """The common first token, and the two that differ, have no loss: no label may move to another answer."""
+    loader = PairLoader(
+        make_store(tmp_path, MERGED, MERGED_MASKS), seed=0, global_batch_size=1, micro_batch_tokens=99
+    )
+    micro = loader.packed_batch(np.array([0]))
+    assert micro.batch.tokens.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 4, 9, 7, 8]
+    assert micro.batch.labels.tolist() == [*[-100] * 4, 6, 7, 8, -100, -100, 7, 8, -100]
+    assert micro.lengths.tolist() == [[3, 2]]
