@@ -133,7 +133,7 @@ BOUNDS = {
     "above 0, at most 1": lambda value: 0 < value <= 1,
     "of at least 0 and below 1": lambda value: 0 <= value < 1,
 }
-# A known name of TRL, transformers or the handbook -> ours.
+# A known name of TRL, transformers, torchtune or the handbook -> ours.
 OTHER_NAMES = {
     "lr": "learning_rate",
     "max_seq_length": "max_length",
@@ -151,6 +151,43 @@ OTHER_NAMES = {
     "torch_dtype": "dtype",
     "packing": "packing_strategy",
     "logging_dir": "output_dir",
+    "dataset": "input",
+    "dataset_name": "input",
+    "ref_model": "reference_model",
+    "ref_model_name_or_path": "reference_model",
+    "ref_checkpoint_dir": "reference_model",
+    "loss": "loss_type",
+    "optimizer": "optim",
+    "gradient_checkpointing": "activation_checkpointing",
+    "enable_activation_checkpointing": "activation_checkpointing",
+    "clip_grad_norm": "max_grad_norm",
+}
+_PREPARED, _NO_LORA = "is a field of recipes/prepare.py", "is not here: all weights are trained (no LoRA)"
+_SAME_REFERENCE = "is not here: the reference stays the same"
+# A known name that a recipe has no field for -> what to do instead.
+WITHOUT_FIELD = {
+    "max_length": _PREPARED,
+    "max_prompt_length": _PREPARED,
+    "input": f"{_PREPARED}, which writes the token store that `store` names",
+    "max_completion_length": "is not here: no answer is cut; max_length of recipes/prepare.py drops rows",
+    "truncation_mode": "is not here: max_prompt_length of recipes/prepare.py cuts prompts from their start",
+    "precompute_ref_log_probs": "is always on: recipes/dpo.py computes them once and keeps them",
+    "rpo_alpha": "is the weight of sft: add it to loss_type, and a weight for each loss to loss_weights",
+    "use_weighting": "is not here: no pair is weighted by the policy (no WPO)",
+    "logging_steps": "is not needed: every step is logged",
+    "use_peft": _NO_LORA,
+    "peft_config": _NO_LORA,
+    "lora_r": _NO_LORA,
+    "lora_rank": _NO_LORA,
+    "lora_alpha": _NO_LORA,
+    "model_adapter_name": _NO_LORA,
+    "ref_adapter_name": _NO_LORA,
+    "load_in_4bit": _NO_LORA,
+    "load_in_8bit": _NO_LORA,
+    "sync_ref_model": _SAME_REFERENCE,
+    "ref_model_mixup_alpha": _SAME_REFERENCE,
+    "ref_model_sync_steps": _SAME_REFERENCE,
+    "load_best_model_at_end": "is not here: the model of the last step is written",
 }
 
 
@@ -162,11 +199,16 @@ def _fields(kind: type) -> dict[str, tuple[dataclasses.Field, Any]]:
 def _field(kind: type, key: str, where: str) -> tuple[dataclasses.Field, Any]:
     fields = _fields(kind)
     if key not in fields:
-        other = OTHER_NAMES.get(key)
-        near = [other] if other in fields else difflib.get_close_matches(key, fields, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "--help lists the fields"
-        raise UserError(f"{where}: unknown field {key!r}; {hint}")
+        raise UserError(f"{where}: unknown field {key!r}; {_hint(key, fields)}")
     return fields[key]
+
+
+def _hint(key: str, fields: dict) -> str:
+    other = OTHER_NAMES.get(key, key)
+    if other not in fields and other in WITHOUT_FIELD:
+        return f"it {WITHOUT_FIELD[other]}" if other == key else f"{other} {WITHOUT_FIELD[other]}"
+    near = [other] if other in fields else difflib.get_close_matches(key, fields, n=1)
+    return f"did you mean {near[0]!r}?" if near else "--help lists the fields"
 
 
 def _read_toml(kind: type, path: Path) -> dict[str, Any]:
@@ -255,8 +297,13 @@ def _path(_kind: Any, value: Any) -> Path | None:
 
 
 def _tuple(kind: Any, value: Any) -> tuple | None:
-    """tuple[float, ...] takes a list of any length, tuple[float, float] one of two numbers."""
+    """tuple[float, ...] takes a list of any length, tuple[float, float] one of two numbers.
+
+    tuple[str, ...] also takes one string; not a list that does not parse, nothing, or none.
+    """
     kinds = typing.get_args(kind)
+    if kinds == (str, ...) and isinstance(value, str) and value not in ("", "none") and value[0] != "[":
+        return (value,)
     if not isinstance(value, list) or (kinds[-1] is not Ellipsis and len(value) != len(kinds)):
         return None
     items = tuple(_CONVERSIONS[kinds[0]](kinds[0], item) for item in value)

@@ -67,6 +67,9 @@ def test_the_command_line_beats_the_file_beats_the_default(tmp_path):
         ("store=2024-01-01", Path("2024-01-01")),
         ("store=none", Path("none")),
         ('report_to=["wandb"]', ("wandb",)),
+        ("report_to=wandb", ("wandb",)),
+        ('report_to="wandb"', ("wandb",)),
+        ("report_to=[]", ()),
         ("betas=[0.5, 1]", (0.5, 1.0)),
     ],
 )
@@ -95,8 +98,16 @@ def test_values_become_the_annotated_type(argument, value):
         ("optim=rmsprob", r"optim is 'rmsprob'; expected one of adamw, rmsprop; did you mean 'rmsprop'\?"),
         ("optim=none", r"optim is 'none'; expected one of"),
         ('report_to=["wandb", "tensorbord"]', r"report_to is 'tensorbord'; .* did you mean 'tensorboard'\?"),
-        ("report_to=wandb", r"report_to is 'wandb'; expected list of str"),
+        ("report_to=wandbb", r"report_to is 'wandbb'; expected one of .* did you mean 'wandb'\?"),
+        ("report_to=[wandb]", r"report_to is '\[wandb\]'; expected list of str"),
+        ("report_to=none", r"report_to is 'none'; expected list of str"),
+        ("report_to=", r"report_to is ''; expected list of str"),
+        ("report_to=1", r"report_to is 1; expected list of str"),
+        ("betas=0.9", r"betas is 0.9; expected list of 2 float"),
         ("report_to=[1]", r"expected list of str"),
+        ("use_peft=true", r"unknown field 'use_peft'; it is not here: all weights are trained"),
+        ("max_length=9", r"unknown field 'max_length'; it is a field of recipes/prepare.py"),
+        ("max_seq_length=9", r"unknown field 'max_seq_length'; max_length is a field of recipes/prepare.py"),
         ("betas=[0.9]", r"betas is \[0.9\]; expected list of 2 float"),
         ("betas=[0.9, nan]", r"expected list of 2 float"),
         ("--compile", r"unknown flag '--compile'"),
@@ -254,5 +265,37 @@ def test_how_a_recipe_exits(monkeypatch, capsys, arguments, rank, code, message)
     assert (found, capsys.readouterr().err) == (code, message)
 
 
+def test_one_string_in_a_file_is_a_list_of_one(tmp_path):
+    assert from_file(tmp_path, 'store = "a"\nreport_to = "wandb"\n').report_to == ("wandb",)
+
+
 def test_other_names_point_nowhere_twice():
-    assert not set(config_module.OTHER_NAMES) & set(config_module.OTHER_NAMES.values())
+    others = config_module.OTHER_NAMES
+    assert not set(others) & {*others.values(), *config_module.WITHOUT_FIELD}
+
+
+@dataclass(frozen=True)
+class Own:
+    """Fields of the names that another recipe lacks."""
+
+    max_length: int = option("tokens", default=7)
+    reference_model: str = option("folder", default="x")
+    loss_type: tuple[str, ...] = option("losses", default=("sigmoid",))
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("max_seq_length=9", "did you mean 'max_length'?"),
+        ("ref_model_name_or_path=a", "did you mean 'reference_model'?"),
+        ("max_prompt_length=9", "it is a field of recipes/prepare.py"),
+        ("rpo_alpha=1", "it is the weight of sft: add it to loss_type"),
+        ("sync_ref_model=true", "it is not here: the reference stays the same"),
+    ],
+)
+def test_a_name_of_trl_gives_ours_or_a_sentence(argument, message):
+    name = argument.split("=")[0]
+    with pytest.raises(UserError) as error:
+        load_config(Own, [argument])
+    assert f"command line, {argument!r}: unknown field {name!r}; {message}" in str(error.value)
+    assert load_config(Own, ["max_length=9", "loss_type=ipo"]) == Own(max_length=9, loss_type=("ipo",))
