@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import math
 import os
 import platform
 import sys
@@ -91,10 +92,11 @@ def model_card(config: Any, rows: list[dict[str, Any]], data: dict[str, Any]) ->
     """README.md of a trained model: what really ran, from the resolved config, metrics.jsonl and the data's
     manifest.
 
-    rows: of metrics.jsonl; data: the token store's manifest.
+    rows: of metrics.jsonl; data: the token store's manifest, which also tells fine-tuning from DPO.
     """
     steps = [row for row in rows if "loss" in row]
-    held_out = [row for row in rows if "eval_loss" in row]
+    held_out = [row for row in rows if "eval_loss" in row][-1:]
+    is_dpo, count = data.get("kind") == "pairs", data["splits"]["train"]["rows"]
     table = "\n".join(
         f"| {field.name} | {getattr(config, field.name)} |" for field in dataclasses.fields(config)
     )
@@ -106,11 +108,23 @@ def model_card(config: Any, rows: list[dict[str, Any]], data: dict[str, Any]) ->
         else []
     )
     results += [f"- steps skipped, their loss not finite: {len(steps) - len(losses)}"]
-    results += [f"- loss on held-out rows {held_out[-1]['eval_loss']:.4f}"] if held_out else []
+    shown = {"eval_loss": f"loss on held-out {'pairs' if is_dpo else 'rows'}"}
+    shown |= {name: name for name in ("eval_rewards/accuracies", "eval_rewards/margins")}
+    results += [
+        f"- {words} {math.nan if row[name] is None else row[name]:.4f}"
+        for row in held_out
+        for name, words in shown.items()
+        if name in row
+    ]
+    how, what = "fine-tuned", f"Rows: {count}."
+    if is_dpo:
+        how, what = f"trained on preferences (DPO, loss {' + '.join(config.loss_type)})", f"Pairs: {count}."
+        if getattr(config, "has_reference", True):  # a loss may do without
+            what += f"  Reference: {config.reference_model or config.model_name_or_path}."
     return "\n".join([
         f"# {Path(config.output_dir).name}", "",
-        f"{config.model_name_or_path}, fine-tuned with Phoenix {phoenix.__version__} on {config.store}.", "",
-        f"Chat template: {data['chat_template']}.  Documents: {data['splits']['train']['documents']}.", "",
+        f"{config.model_name_or_path}, {how} with Phoenix {phoenix.__version__} on {config.store}.", "",
+        f"Chat template: {data['chat_template']}.  {what}", "",
         "## Results", "", *results, "", "## Config", "", "| field | value |", "| --- | --- |", table, "",
     ])  # fmt: skip
 

@@ -114,7 +114,7 @@ def test_a_second_process_on_one_folder_is_refused(tmp_path):
     assert status(tmp_path)["code"] == 0
 
 
-DATA = {"chat_template": "chatml", "splits": {"train": {"documents": 7}}}
+DATA = {"chat_template": "chatml", "splits": {"train": {"rows": 7, "documents": 21}}}
 
 
 def test_the_card_tells_what_ran(tmp_path):
@@ -128,14 +128,36 @@ def test_the_card_tells_what_ran(tmp_path):
     for part in (
         "# mein-lauf",
         "models/grün",
-        "chatml",
-        "7",
+        "fine-tuned with Phoenix",
+        "chatml.  Rows: 7.",
         "step 2.0000",
         "over 2 steps 3.0000",
         "rows 1.5000",
         "0.0001",
     ):
         assert part in card, part
+
+
+@dataclass(frozen=True)
+class Preferences(Settings):
+    loss_type: tuple[str, ...] = ("sigmoid", "sft")
+    reference_model: Path | None = None
+
+
+def test_the_card_of_preference_training_names_reference_and_rewards(tmp_path):
+    held_out = {"eval_loss": 0.5, "eval_rewards/accuracies": 0.75, "eval_rewards/margins": 1.25}
+    rows = [{"step": 0, "eval_loss": 0.69}, {"step": 1, "loss": 0.6}, {"step": 1, **held_out}]
+    data = {**DATA, "kind": "pairs"}
+    card = model_card(Preferences(tmp_path / "run"), rows, data)
+    for part in (
+        "trained on preferences (DPO, loss sigmoid + sft) with Phoenix",
+        "chatml.  Pairs: 7.  Reference: models/grün.",
+        "- loss on held-out pairs 0.5000\n- eval_rewards/accuracies 0.7500\n- eval_rewards/margins 1.2500\n",
+    ):
+        assert part in card, part
+    other = Preferences(tmp_path / "run", reference_model=Path("models/other"))
+    assert "Reference: models/other." in model_card(other, rows, data)
+    assert "held-out pairs nan" in model_card(other, [{"step": 0, "eval_loss": None}], data)
 
 
 @pytest.mark.parametrize("rows", [[], [{"step": 0, "eval_loss": 5.0}], [{"step": 1, "loss": None}]], ids=str)
