@@ -58,19 +58,19 @@ from phoenix.data.pairs import PairBatch, PairLoader  # noqa: E402
 from phoenix.data.store import FORMAT_VERSION, MANIFEST, StoreWriter, TokenStore  # noqa: E402
 from phoenix.files import write_json  # noqa: E402
 from phoenix.model.layout import IGNORE_INDEX, AttentionLayout, PackedBatch  # noqa: E402
-from phoenix.model.pretrained import load_weights, materialise, meta_model, read_config  # noqa: E402
+from phoenix.model.pretrained import read_config  # noqa: E402
 from phoenix.train import distributed, metrics  # noqa: E402
 from phoenix.train.optim import build_optimizer  # noqa: E402
-from phoenix.train.preference import preference_loss, whole_batch  # noqa: E402
+from phoenix.train.preference import LossConfig, Objective  # noqa: E402
 from phoenix.train.reference import ReferenceCache  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "dpo_vs_trl.json"
-PAIRS, MICRO_BATCH_TOKENS, MAX_LENGTH = 8, 4096, 2048
+PAIRS, MAX_LENGTH = 8, 2048
+MICRO_BATCH_TOKENS = 1280  # the longest pair has fewer: one or two at once, as TRL at its fastest
 LENGTHS = (172, 241, 237)  # of prompt, chosen and rejected answer, on average
 SHARES = (0.2, 0.5, 0.8)  # of the prompt in a sequence
 SHARE_PAIRS = 4  # a step; of these
 LEARNING_RATE, BETA = 5e-7, 0.1
-TERMS = {"loss_type": "sigmoid", "beta": BETA, "label_smoothing": 0.0, "reference_free": False}
 
 BATCH_SIZES = (1, 2, 4, 8)  # of TRL: pairs at once
 DTYPES = {
@@ -121,7 +121,7 @@ class PlainLoader(PairLoader):
         self.plan = dataclasses.replace(self.plan, row_tokens=self.plan.row_tokens + self.prefix - 1)
 
     def packed_batch(self, rows: np.ndarray) -> PairBatch:
-        sequences = [sequence for row in rows for sequence in self._sequences(self.store, row)]
+        sequences = [sequence for row in rows for sequence in self._sequences(row)]
         sizes = [len(tokens) for tokens, _ in sequences]
         labels = [np.append(np.where(mask, ids, IGNORE_INDEX)[1:], IGNORE_INDEX) for ids, mask in sequences]
         batch = PackedBatch(
@@ -131,7 +131,7 @@ class PlainLoader(PairLoader):
         )
         parts = [size for chosen, rejected in zip(sizes[::2], sizes[1::2]) for size in (0, chosen, rejected)]
         lengths = torch.tensor([int(mask[1:].sum()) for _, mask in sequences]).view(-1, 2)
-        return PairBatch(batch, rows, parts, lengths)
+        return PairBatch(batch, rows, torch.tensor([*parts, 0]), None, lengths)
 
 
 # One side each: a step, then reference and step in turn until it is killed
@@ -147,27 +147,28 @@ def phoenix_side(pacer: Pacer, folder: Path, group: str, setting: dict) -> None:
     )
     dtype = torch.bfloat16 if group == "bf16" else torch.float32
     peak = metrics.peak_flops(world.device, dtype)
-    model = meta_model(config).float()
-    model.logits_memory = 2**30
-    parts = {"activation_checkpointing": False, "compile": False}
-    materialise(distributed.parallelize(model, world, compute_dtype=dtype, **parts), world.device)
-    load_weights(model, folder / "model")
+    model = distributed.load_model(
+        folder / "model", world, compute_dtype=dtype, logits_memory=2**30, activation_checkpointing=False,
+        compile=False,
+    )  # fmt: skip
     cache = ReferenceCache(Path(tempfile.mkdtemp(dir=folder)), folder / "model", dtype, world)
-    reference = cache.logps(model, loader, loader.rows_of(loader.steps_per_epoch))
+    objective = Objective(LossConfig(beta=BETA), loader)
+    objective.ask_reference(cache, model, loader.steps_per_epoch)
     optimizer = build_optimizer(model, "adamw", learning_rate=LEARNING_RATE)
     log = metrics.MetricsLog(Path(tempfile.mkdtemp(dir=folder)), step=-1)
-    shown = {"logps": reference.tolist(), "tokens": int(loader.plan.row_tokens.sum())}
+    shown = {"logps": objective.reference.tolist(), "tokens": int(loader.plan.row_tokens.sum())}
     for step in itertools.count():
         pacer.wait()
         start, batch = time.perf_counter(), loader.global_batch(step)
         sums, flops = metrics.dpo_zeros(world.device), 0.0
         model.train()
-        whole = whole_batch(model, batch, reference, world, TERMS["loss_type"])
+        whole = objective.first_pass(model, step, world)
         for _, micro in batch.share(world.rank, world.world_size):
-            loss, values = preference_loss(micro, model(micro.batch), reference, whole, **TERMS)
+            loss, values = objective.loss(micro, model(micro.batch, stats=True), whole)
             (loss / len(batch.rows)).backward()
             sums += values
-            flops += metrics.training_flops(config, micro.batch.layout.q_length)
+            layout = micro.batch.layout
+            flops += metrics.training_flops(config, layout.q_length, layout.k_length.sum(1))
         extra = torch.cat([sums, torch.tensor([flops], dtype=torch.float64)])
         grad_norm, (*sums, flops) = distributed.reduce_gradients(model, world, extra)
         distributed.scale_gradients(model, grad_norm, MAX_GRAD_NORM)
@@ -183,7 +184,7 @@ def phoenix_side(pacer: Pacer, folder: Path, group: str, setting: dict) -> None:
         shown = {}
         pacer.wait()
         cache.values.clear()
-        cache.logps(model, loader, loader.rows_of(loader.steps_per_epoch))
+        objective.ask_reference(cache, model, loader.steps_per_epoch)
         pacer.done(pairs=len(loader.plan))
 
 

@@ -13,7 +13,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import prepare
 import sft
 import torch
@@ -24,13 +23,13 @@ from phoenix.data.pairs import PairLoader, require_pairs
 from phoenix.data.store import TokenStore
 from phoenix.files import Interrupted, UserError, verify_folder
 from phoenix.model.mistral import Mistral, MistralConfig
-from phoenix.model.pretrained import load_weights, materialise, meta_model, read_config
+from phoenix.model.pretrained import read_config
 from phoenix.report import training_report
 from phoenix.tokenizer import Tokenizer
 from phoenix.train import checkpoint, distributed, metrics
 from phoenix.train.distributed import World
 from phoenix.train.optim import OPTIMIZERS, SCHEDULES, build_optimizer, learning_rate_factor
-from phoenix.train.preference import check_first_loss, check_options, preference_loss, whole_batch
+from phoenix.train.preference import LossConfig, Objective
 from phoenix.train.reference import ReferenceCache
 from phoenix.train.run import record_start, run_folder
 
@@ -38,8 +37,8 @@ QUICKSTART = sft.CONFIGS / "smollm2_de_dpo.toml"
 PAIRS = sft.CONFIGS / "quickstart_prepare_dpo.toml"
 
 
-@dataclass(frozen=True)
-class DPOConfig:
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(LossConfig):
     """Preference training of a Mistral or Llama model on a token store of pairs."""
 
     model_name_or_path: Path = option("folder of the model to start from (Hugging Face layout)")
@@ -47,12 +46,6 @@ class DPOConfig:
     output_dir: Path = option("run folder to write; a run that stands there is continued")
     reference_model: Path | None = option("another reference than the starting policy", None)
     reference_cache: Path | None = option("its log-probs; none: beside the store", None)
-    loss_type: tuple[str, ...] = option("one loss, or several that are added", ("sigmoid",))
-    loss_weights: tuple[float, ...] = option("a weight for each; none: all 1", ())
-    beta: float = option("how strongly the policy is held to the reference", 0.1, bounds="above 0")
-    label_smoothing: float = option("share of labels taken for wrong", 0.0, bounds="from 0 to 1")
-    reference_free: bool = option("take the reference for uniform", False)
-    last_turn_only: bool = option("of several turns of an answer only the last has a loss", False)
     global_batch_size: int = option("pairs a step, over all ranks", 64, bounds="above 0")
     micro_batch_tokens: int = option("tokens a rank holds at once; for memory", 4096, bounds="above 0")
     num_train_epochs: float = option("passes over the data", 1.0, bounds="above 0")
@@ -89,17 +82,16 @@ def main(config: DPOConfig) -> Path:
         distributed.start_world(config.dp_replicate) as world,
         run_folder(config.output_dir, world) as at_end,
     ):
-        world.on_main(lambda: make_or_verify(config, world))
-        model_config = read_config(config.model_name_or_path)
-        tokenizer = Tokenizer.from_pretrained(config.model_name_or_path)
-        tokenizer.require_embeddings(model_config.vocab_size, config.model_name_or_path)
+        make_what_is_missing(config, world)
+        world.on_main(lambda: verify(config))
         loader = open_pairs(config, "train", config.global_batch_size)
-        store = loader.store
-        store.require_tokenizer(tokenizer.digest)
-        store.require_template(chat.template_digest(store.manifest["chat_template"]))
-        chat.apply_template(tokenizer, store.manifest["chat_template"])
         require_pairs(config.store, loader)
+        store = loader.store
+        model_config, tokenizer = open_model(config.model_name_or_path, store)
+        if config.reference_model:
+            open_model(config.reference_model, store)
         held_out = open_pairs(config, "eval") if TokenStore.has_split(config.store, "eval") else None
+        objective, held_out = Objective(config, loader), held_out and Objective(config, held_out)
         total_steps = config.max_steps or loader.total_steps(config.num_train_epochs)
         distributed.check_world(world, loader.num_micro_batches)
 
@@ -109,19 +101,24 @@ def main(config: DPOConfig) -> Path:
         start_folder = config.reference_model or config.model_name_or_path
         root = config.reference_cache or config.store.with_name(f"{config.store.name}-reference")
         cache = ReferenceCache(root, start_folder, dtype, world)
-        model = build(config, start_folder, dtype, world)
-        references = [cache.logps(model, loader, loader.rows_of(total_steps)), None]
-        if held_out is not None:
-            references[1] = cache.logps(model, held_out, held_out.rows_of(1))
-        if config.reference_model:
-            del model  # before the policy is there: only one of them is ever in memory
-            model = build(config, config.model_name_or_path, dtype, world)
+        parts = {
+            "logits_memory": int(config.logits_memory * 2**30), "compile": config.compile,
+            "activation_checkpointing": config.activation_checkpointing, "compute_dtype": dtype,
+        }  # fmt: skip
+        model = distributed.load_model(start_folder, world, **parts)
+        objective.ask_reference(cache, model, total_steps)
+        if held_out:
+            held_out.ask_reference(cache, model, 1)
+        if config.reference_model:  # freed before the policy is there: only one of them is ever in memory
+            del model
+            distributed.free_memory()
+            model = distributed.load_model(config.model_name_or_path, world, **parts)
         optimizer = build_optimizer(
             model, config.optim, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
             betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon,
         )  # fmt: skip
 
-        same, terms = identity(config, store, cache), options(config)
+        same = identity(config, store, cache)
         state = {**dict.fromkeys(("step", "num_tokens", "skipped_steps", "skipped_in_a_row"), 0), **same}
         checkpoints = config.output_dir / "checkpoints"
         if saved := checkpoint.find_checkpoints(checkpoints):
@@ -135,21 +132,22 @@ def main(config: DPOConfig) -> Path:
         distributed.try_memory(model, loader.largest_micro_batch(), world)
         warmup_steps = math.ceil(config.warmup_ratio * total_steps)
         if state["step"] == 0:
-            evaluate(config, model, tokenizer, log, 0, world, held_out, references[1])
+            evaluate(config, model, tokenizer, log, 0, world, held_out)
         bar = metrics.progress_bar(total_steps, state["step"], show=world.is_main)
 
         for step in range(state["step"], total_steps):
             start, batch = time.perf_counter(), loader.global_batch(step)
             sums, losses, flops = metrics.dpo_zeros(world.device), {}, 0.0
             model.train()
-            whole = whole_batch(model, batch, references[0], world, terms["loss_type"])
+            whole = objective.first_pass(model, step, world)
             for index, micro in batch.share(world.rank, world.world_size):
                 micro = micro.to(world.device)
-                loss, values = preference_loss(micro, model(micro.batch), references[0], whole, **terms)
+                loss, values = objective.loss(micro, model(micro.batch, stats=True), whole)
                 (loss / len(batch.rows)).backward()
                 losses[index] = values
                 sums += values
-                flops += metrics.training_flops(model_config, micro.batch.layout.q_length)
+                layout = micro.batch.layout
+                flops += metrics.training_flops(model_config, layout.q_length, layout.k_length.sum(1))
             extra = torch.tensor([flops, world.stop, saver.busy], dtype=torch.float64, device=world.device)
             grad_norm, (*sums, flops, stop, saving) = distributed.reduce_gradients(
                 model, world, torch.cat([sums, extra])
@@ -160,7 +158,7 @@ def main(config: DPOConfig) -> Path:
             )
             values, flags = metrics.dpo_metrics(sums, len(batch.rows)), {}
             if step == 0 and not config.reference_model:
-                check_first_loss(values["loss"], dtype, **terms)
+                objective.check_first_loss(values, cache)
             if math.isfinite(grad_norm):
                 distributed.scale_gradients(model, grad_norm, config.max_grad_norm)
                 for group in optimizer.param_groups:
@@ -190,7 +188,7 @@ def main(config: DPOConfig) -> Path:
                 raise metrics.not_finite(config.max_skipped_steps, step, flags["skipped_rows"])
             last = step + 1 == total_steps
             if last or (step + 1) % config.eval_steps == 0:
-                evaluate(config, model, tokenizer, log, step + 1, world, held_out, references[1])
+                evaluate(config, model, tokenizer, log, step + 1, world, held_out)
             if last or stop or (step + 1) % config.save_steps == 0:
                 saver.save(state, wait=last or stop)
             if stop and not last:
@@ -209,17 +207,23 @@ def check(config: DPOConfig) -> None:
     """Everything cheap, before anything expensive."""
     metrics.check_trackers(config.report_to)
     check_bounds(config)
-    if config.loss_weights and len(config.loss_weights) != len(config.loss_type):
-        raise UserError(f"{len(config.loss_weights)} loss_weights for {len(config.loss_type)} of loss_type")
-    check_options(**options(config))
+    config.check()
 
 
-def options(config: DPOConfig) -> dict:
-    """The keywords of `dpo_loss` that the config states."""
-    weights = config.loss_weights or (1.0,) * len(config.loss_type)
-    kinds = config.loss_type[0] if len(config.loss_type) == 1 else dict(zip(config.loss_type, weights))
-    names = ("beta", "label_smoothing", "reference_free")
-    return {"loss_type": kinds, **{name: getattr(config, name) for name in names}}
+def open_model(folder: Path, store: TokenStore) -> tuple[MistralConfig, Tokenizer]:
+    """Shape and tokenizer of a model, held against the store that it is to be trained on."""
+    model_config, tokenizer = read_config(folder), Tokenizer.from_pretrained(folder)
+    tokenizer.require_embeddings(model_config.vocab_size, folder)
+    store.require_tokenizer(tokenizer.digest)
+    template = store.manifest["chat_template"]
+    if tokenizer.chat_template not in (None, template):
+        raise UserError(
+            f"{folder}: was tuned with the chat template {tokenizer.chat_template!r}, but the store has "
+            f"{template!r}; prepare the store with chat_template={tokenizer.chat_template}"
+        )
+    store.require_template(chat.template_digest(template))
+    chat.apply_template(tokenizer, template)
+    return model_config, tokenizer
 
 
 def open_pairs(config: DPOConfig, split: str, global_batch_size: int | None = None) -> PairLoader:
@@ -227,34 +231,36 @@ def open_pairs(config: DPOConfig, split: str, global_batch_size: int | None = No
     return PairLoader(
         store, seed=config.seed, global_batch_size=global_batch_size or len(store),
         micro_batch_tokens=config.micro_batch_tokens, last_turn_only=config.last_turn_only,
+        ld_alpha=config.ld_alpha,
     )  # fmt: skip
 
 
-def build(config: DPOConfig, folder: Path, dtype: torch.dtype, world: World) -> Mistral:
-    """A model in fp32, sharded over the ranks, with the weights of a folder."""
-    model = meta_model(read_config(folder)).float()
-    model.logits_memory = int(config.logits_memory * 2**30)
-    parts = {"activation_checkpointing": config.activation_checkpointing, "compile": config.compile}
-    materialise(distributed.parallelize(model, world, compute_dtype=dtype, **parts), world.device)
-    load_weights(model, folder)
-    return model
-
-
-def make_or_verify(config: DPOConfig, world: World) -> None:
-    """What the quickstart needs and does not find is made here; what is there is hashed."""
+def make_what_is_missing(config: DPOConfig, world: World) -> None:
+    """The stages before, where they are the quickstart's: base model, fine-tuned model, store of pairs."""
+    training = load_config(sft.SFTConfig, [], sft.QUICKSTART)
+    if config.model_name_or_path == training.output_dir / "model" and not world.broadcast(
+        config.model_name_or_path.exists()
+    ):
+        world.say(f"{config.model_name_or_path} is missing: running recipes/sft.py")
+        sft.main(training)
     preparation = load_config(prepare.PrepareConfig, [], PAIRS)
-    if config.store == preparation.output and not config.store.exists():
-        world.say(f"{config.store} is missing: preparing it from the shipped pairs")
-        prepare.main(preparation)
+    if config.store == preparation.output and config.model_name_or_path.exists():
+        world.on_main(lambda: config.store.exists() or prepare.main(preparation))
+
+
+def verify(config: DPOConfig) -> None:
+    """Hash the models and the store."""
     for folder in filter(None, (config.model_name_or_path, config.reference_model)):
+        read_config(folder)
         verify_folder(folder)
-    TokenStore.open(config.store, "train", kind="pairs", verify=True)
+    for split in ("train", "eval")[: 1 + TokenStore.has_split(config.store, "eval")]:
+        TokenStore.open(config.store, split, kind="pairs", verify=True)
 
 
 def identity(config: DPOConfig, store: TokenStore, cache: ReferenceCache) -> dict:
     """What a checkpoint must share with this run for the run to be the same."""
-    names = "last_turn_only global_batch_size micro_batch_tokens seed optim"
-    fields = {**options(config), **{name: getattr(config, name) for name in names.split()}}
+    names = "global_batch_size micro_batch_tokens seed optim"
+    fields = {**config.settings, **{name: getattr(config, name) for name in names.split()}}
     paths = {"model_name_or_path": str(config.model_name_or_path), "reference": cache.key["model"]}
     return {**paths, "store": store.digest, **fields}
 
@@ -272,25 +278,19 @@ def announce(
     world.say(
         f"{model.num_parameters()[0] / 1e6:.1f}M parameters, {dtype} on {world.world_size} x {world.device}\n"
         f"{len(plan)} pairs, {plan.num_tokens} tokens ({loader.prefix.sum()} shared); {total_steps} steps\n"
+        f"{' + '.join(config.loss_type)}, beta {config.beta}, learning rate {config.learning_rate}\n"
         f"memory a rank: about {memory / 2**30:.1f} GiB\nrun folder: {config.output_dir}"
     )
 
 
 def evaluate(
     config: DPOConfig, model: Mistral, tokenizer: Tokenizer, log: metrics.MetricsLog, step: int, world: World,
-    held_out: PairLoader | None, reference: np.ndarray | None,
+    held_out: Objective | None,
 ) -> None:  # fmt: skip
     """Loss and rewards on the held-out pairs and answers to fixed prompts, on all ranks alike."""
     model.eval()
-    if held_out is not None:
-        batch, terms = held_out.global_batch(0), options(config)
-        sums = metrics.dpo_zeros(world.device)
-        with torch.no_grad():
-            whole = whole_batch(model, batch, reference, world, terms["loss_type"])
-            for _, micro in batch.share(world.rank, world.world_size):
-                micro = micro.to(world.device)
-                sums += preference_loss(micro, model(micro.batch), reference, whole, **options(config))[1]
-        values = metrics.dpo_metrics(world.sum(sums).tolist(), len(batch.rows), prefix="eval_")
+    if held_out:
+        values = held_out.evaluate(model, world)
         log.log(step, **values)
         shown = ("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
         world.say(f"step {step}: " + ", ".join(f"{name} {values[name]:.4f}" for name in shown))

@@ -24,7 +24,7 @@ from phoenix.data.store import TokenStore
 from phoenix.files import Interrupted, UserError, read_json_lines, verify_folder
 from phoenix.generation import generate
 from phoenix.model.mistral import Mistral, MistralConfig
-from phoenix.model.pretrained import load_weights, materialise, meta_model, read_config, save_model
+from phoenix.model.pretrained import read_config, save_model
 from phoenix.report import training_report
 from phoenix.tokenizer import Tokenizer
 from phoenix.train import checkpoint, distributed, metrics
@@ -101,12 +101,12 @@ def main(config: SFTConfig) -> Path:
         dtype = distributed.resolve_dtype(config.dtype, world.device)
         peak = metrics.peak_flops(world.device, dtype)
         announce(config, model_config, plan, world, total_steps=total_steps, dtype=dtype, peak_flops=peak)
-        model = meta_model(model_config).float()
+        model = distributed.load_model(
+            config.model_name_or_path, world, compute_dtype=dtype, compile=config.compile,
+            activation_checkpointing=config.activation_checkpointing,
+            logits_memory=int(config.logits_memory * 2**30),
+        )  # fmt: skip
         model.neftune_noise_alpha = config.neftune_noise_alpha
-        model.logits_memory = int(config.logits_memory * 2**30)
-        options = {"activation_checkpointing": config.activation_checkpointing, "compile": config.compile}
-        materialise(distributed.parallelize(model, world, compute_dtype=dtype, **options), world.device)
-        load_weights(model, config.model_name_or_path)
         optimizer = build_optimizer(
             model, config.optim, learning_rate=config.learning_rate, weight_decay=config.weight_decay,
             betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon,

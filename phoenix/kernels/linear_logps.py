@@ -17,11 +17,14 @@ BLOCK_BYTES = 4 << 20  # fp32 values of one block of a chunk: fits a CPU's cache
 
 
 class LabelStats(NamedTuple):
-    """A value a row [t], 0 where nothing is asked: logps, entropy (nats), hits (label is arg max)."""
+    """A value a row [t], 0 where nothing is asked: logps, entropy (nats), hits (label is arg max),
+    mean_logits (over the vocabulary).
+    """
 
     logps: Tensor
     entropy: Tensor
     hits: Tensor
+    mean_logits: Tensor
 
 
 def linear_logps(
@@ -32,16 +35,16 @@ def linear_logps(
     x [t, d], weight [v, d] of any floating dtype (cast to that of x), labels [t] int64 (-100: nothing asked).
     Log-probs, entropy and the soft-max are fp32 (fp64 stays).  Rows without a label cost nothing.  What the
     backward pass needs of the logits is kept where all of it fits into `logits_memory` bytes, and computed
-    again otherwise: same values either way.  Entropy and hits are 0 unless `stats`; they carry no gradient.
+    again otherwise: same values either way.  All but logps are 0 unless `stats`; they carry no gradient.
     """
     wanted = labels.ne(IGNORE_INDEX).nonzero().squeeze(1)
     keep = torch.is_grad_enabled() and len(wanted) * len(weight) * x.element_size() <= logits_memory
-    logps, entropy, hits = _LinearLogps.apply(x[wanted], weight, labels[wanted], keep, stats)
+    found = _LinearLogps.apply(x[wanted], weight, labels[wanted], keep, stats)
 
     def spread(values: Tensor) -> Tensor:
         return values.new_zeros(labels.shape).index_put((wanted,), values)
 
-    return LabelStats(spread(logps), spread(entropy), spread(hits))
+    return LabelStats(*map(spread, found))
 
 
 # On a CPU the steps of a block are what costs beside the products: softmax and amax run at memory speed where
@@ -54,10 +57,12 @@ class _LinearLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, labels, keep, stats):
         wide = torch.promote_types(x.dtype, torch.float32)
-        logps, entropy, hits = (x.new_zeros(len(x), dtype=wide) for _ in range(3))
+        logps, entropy, hits, mean_logits = (x.new_zeros(len(x), dtype=wide) for _ in range(4))
         keep, ctx.kept = keep and any(ctx.needs_input_grad), []
         ctx.save_for_backward(x, weight, labels, logps)
         weight = weight.to(x.dtype)
+        if stats:
+            mean_logits = x.to(wide) @ weight.mean(0, dtype=wide)
         for rows in _chunks(x, weight):
             logits = x[rows] @ weight.T  # [c, v]
             for part, at in _blocks(logits, rows.start):
@@ -73,11 +78,11 @@ class _LinearLogps(torch.autograd.Function):
                 if keep:
                     part.copy_(p.scatter_(-1, label, logps[at, None].expm1()))
             ctx.kept.append(logits if keep else None)
-        ctx.mark_non_differentiable(entropy, hits)
-        return logps, entropy, hits
+        ctx.mark_non_differentiable(entropy, hits, mean_logits)
+        return logps, entropy, hits, mean_logits
 
     @staticmethod
-    def backward(ctx, grad, _entropy, _hits):
+    def backward(ctx, grad, *_):
         x, weight, labels, logps = ctx.saved_tensors
         grad, given, weight = -grad[:, None], weight.dtype, weight.to(x.dtype)
         scaled, dx, dweight = (x * grad).to(x.dtype), torch.empty_like(x), None

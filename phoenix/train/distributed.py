@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import platform
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from phoenix.files import UserError
 from phoenix.model.layout import PackedBatch
 from phoenix.model.mistral import Mistral
+from phoenix.model.pretrained import load_weights, materialise, meta_model, read_config
 
 
 @dataclass
@@ -144,6 +148,13 @@ def keep_freed_memory() -> None:
         mallopt(m_mmap_max, 0)  # take everything from the heap
 
 
+def free_memory() -> None:
+    """Give back what no name holds any more: sharded models are cycles, and a GPU's cache keeps them."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """float32 or bfloat16; "auto": bfloat16 where the device computes with it faster than with fp32."""
     if name != "auto":
@@ -153,6 +164,20 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     flags = torch.cpu.get_capabilities()
     fast = any(value is True and ("bf16" in key) for key, value in flags.items())
     return torch.bfloat16 if fast else torch.float32
+
+
+def load_model(
+    folder: Path, world: World, *, compute_dtype: torch.dtype, logits_memory: int, **parts: Any
+) -> Mistral:
+    """A model in fp32, sharded over the ranks, with the weights of a folder; each rank reads its own rows.
+
+    logits_memory: of Mistral; parts: activation_checkpointing and compile, of `parallelize`.
+    """
+    model = meta_model(read_config(folder)).float()
+    model.logits_memory = logits_memory
+    materialise(parallelize(model, world, compute_dtype=compute_dtype, **parts), world.device)
+    load_weights(model, folder)
+    return model
 
 
 def parallelize(

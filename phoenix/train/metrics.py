@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # Fields of metrics.jsonl that are times or memory; all others are the same in every run of the same config.
 TIMING = ("step_seconds", "tokens_per_second", "mfu", "peak_memory_gib", "time")
 SPIKE, SPIKE_WINDOW = 10, 50  # times the median loss of so many steps
-NUM_DPO_SUMS = 9  # numbers that `dpo_sums` gives
+NUM_DPO_SUMS = 11  # numbers that `dpo_sums` gives
 
 
 def sft_sums(stats: LabelStats) -> Tensor:
@@ -46,14 +46,17 @@ def sft_metrics(sums: Sequence[float], num_target_tokens: int, prefix: str = "")
 
 
 def dpo_sums(
-    losses: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor, chosen_logps: Tensor,
-    rejected_logps: Tensor, reference_chosen_logps: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor,
+    losses: Tensor, rewards: Sequence[Tensor], logps: Sequence[Tensor], reference_chosen_logps: Tensor,
+    lengths: Sequence[Tensor], logits: Sequence[Tensor],
 ) -> Tensor:  # fmt: skip
-    """[NUM_DPO_SUMS] fp64: what `dpo_metrics` divides, of a micro-batch; all arguments [n], of its pairs."""
-    values = (
-        losses, chosen_rewards, rejected_rewards, chosen_rewards > rejected_rewards, chosen_logps,
-        rejected_logps, chosen_logps < reference_chosen_logps, chosen_lengths, rejected_lengths,
-    )  # fmt: skip
+    """[NUM_DPO_SUMS] fp64: what `dpo_metrics` divides, of the n pairs of a micro-batch.
+
+    All tensors are [n]; rewards, logps, lengths and logits are those of the chosen, then of the rejected
+    answers.  logits: sums over an answer's tokens of their mean over the vocabulary.
+    """
+    fall = (logps[0] < reference_chosen_logps).double()
+    fall = torch.where(reference_chosen_logps.isnan(), torch.nan, fall)  # of a loss that has no reference
+    values = (losses, *rewards, rewards[0] > rewards[1], *logps, fall, *lengths, *logits)
     return torch.stack([value.detach().double().sum() for value in values])
 
 
@@ -65,17 +68,22 @@ def dpo_zeros(device: torch.device) -> Tensor:
 def dpo_metrics(sums: Sequence[float], num_pairs: int, prefix: str = "") -> dict[str, float]:
     """Means over the pairs of all ranks, with TRL's names; accuracy: chosen strictly above rejected.
 
-    chosen_fall: share of pairs whose chosen log-prob is below the reference's; nll_loss: a token's, of the
-    chosen answers.
+    chosen_fall: share of pairs whose chosen log-prob is below the reference's.  A token's, of all answers of
+    a side: nll_loss (of the chosen ones) and logits/chosen, logits/rejected (the mean over the vocabulary).
     """
-    loss, chosen, rejected, hits, chosen_logps, rejected_logps, fall, *lengths = (float(x) for x in sums)
+    loss, chosen, rejected, hits, chosen_logps, rejected_logps, fall, *rest = (float(x) for x in sums)
+    lengths, logits = rest[:2], rest[2:]
     means = {
         "loss": loss, "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/accuracies": hits,
         "rewards/margins": chosen - rejected, "logps/chosen": chosen_logps, "logps/rejected": rejected_logps,
         "chosen_fall": fall, "chosen_length": lengths[0], "rejected_length": lengths[1],
     }  # fmt: skip
     values = {prefix + name: value / num_pairs for name, value in means.items()}
-    return {**values, f"{prefix}nll_loss": -chosen_logps / max(1.0, lengths[0])}
+    tokens = {
+        "nll_loss": -chosen_logps / max(1.0, lengths[0]), "logits/chosen": logits[0] / max(1.0, lengths[0]),
+        "logits/rejected": logits[1] / max(1.0, lengths[1]),
+    }  # fmt: skip
+    return values | {prefix + name: value for name, value in tokens.items()}
 
 
 def not_finite(steps: int, step: int, rows: Sequence[str]) -> UserError:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import phoenix
 from phoenix.data.pairs import PairLoader
-from phoenix.files import UserError, atomic_write, inside, read_json, sha256, write_json
+from phoenix.files import Interrupted, UserError, atomic_write, inside, read_json, sha256, write_json
 from phoenix.model.mistral import Mistral
 from phoenix.train.distributed import World
 
@@ -52,7 +52,7 @@ class ReferenceCache:
 
     def __init__(self, root: Path, model_folder: Path, dtype: torch.dtype, world: World) -> None:
         self.dtype, self.world = dtype, world
-        digest = world.broadcast(model_digest(model_folder) if world.is_main else None)
+        digest = world.broadcast(model_digest(model_folder) if world.is_main else None)  # it was verified
         name = str(dtype).removeprefix("torch.")
         self.folder = Path(root) / f"{digest[:16]}_{name}"
         self.key = {"kind": "reference_logps", "model": digest, "dtype": name}
@@ -69,7 +69,7 @@ class ReferenceCache:
         model: the reference, in the state that `model_digest` named.  Raises UserError if a sample of the
         cached values is not what the model gives now.
         """
-        digests = loader.digests()
+        digests = loader.digests
         missing = [n for n in rows.tolist() if not all(one in self.values for one in digests[n])]
         was_training = model.training
         model.eval()
@@ -132,10 +132,17 @@ class ReferenceCache:
             for rows in mine:
                 for row, pair in zip(rows, self._pairs(model, loader, rows)):
                     found.update(zip(digests[row], pair))
-            gathered = {key: value for part in world.gather(found) for key, value in part.items()}
+            parts, stops = zip(*world.gather((found, world.stop)))
+            gathered = {key: value for part in parts for key, value in part.items()}
+            _require_finite(gathered, loader, np.concatenate(chunk))
             world.on_main(lambda gathered=gathered: self._write(gathered))
             self.values.update(gathered)
             bar.update(sum(map(len, chunk)))
+            if any(stops):
+                bar.close()
+                raise Interrupted(
+                    f"stopped after {bar.n} of {bar.total} pairs of the reference; start again to go on"
+                )
         bar.close()
 
     def _pairs(self, model: Mistral, loader: PairLoader, rows: np.ndarray) -> np.ndarray:
@@ -154,12 +161,28 @@ class ReferenceCache:
 
     def _check(self, model: Mistral, loader: PairLoader, digests: list, known: np.ndarray) -> None:
         """A sample of the pairs once more, one micro-batch each, on all ranks alike."""
+        problem = ""
         for row in np.random.default_rng(len(known)).choice(known, min(SAMPLE, len(known)), replace=False):
             [now] = self._pairs(model, loader, np.array([row]))
             kept = np.array([self.values[one] for one in digests[row]])
             tokens = loader.packed_batch(np.array([row])).lengths.numpy()[0]
             if not (np.abs(now - kept) <= TOLERANCE[self.dtype] * np.maximum(tokens, 8)).all():
-                raise UserError(
+                problem = problem or (
                     f"{self.folder}: holds {kept.tolist()} for pair {row}, but the model gives "
                     f"{now.tolist()}; remove the folder to compute it again"
                 )
+        if found := [text for text in self.world.gather(problem) if text]:
+            raise UserError(found[0])
+
+
+def _require_finite(values: Values, loader: PairLoader, rows: np.ndarray) -> None:
+    """UserError that names the first pair whose log-prob is not: kept, it would never go away."""
+    for row in rows.tolist():
+        found = [values[digest] for digest in loader.digests[row]]
+        if not np.isfinite(found).all():
+            [(start, end)] = loader.spans(np.array([row]))
+            [origin, *_] = loader.store.origins(start, end)
+            raise UserError(
+                f"{origin}: the reference gives log-probs of {found[0]} and {found[1]}; look at this pair, "
+                "or set dtype=float32"
+            )

@@ -128,7 +128,7 @@ def test_the_digest_is_of_tokens_prompt_and_mask(tmp_path):
     masked = PairLoader(
         make_store(tmp_path / "masked", pairs, masks), seed=0, global_batch_size=9, micro_batch_tokens=99
     )
-    (a, b, c), (other, *_) = plain.digests(), masked.digests()
+    (a, b, c), (other, *_) = plain.digests, masked.digests
     assert a[0] == c[0] and len({*a, *b, *c}) == 5 and other[0] != a[0] and other[1] == a[1]
     assert all(len(digest) == 16 for digest in (*a, *b))
 

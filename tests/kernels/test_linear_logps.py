@@ -10,15 +10,18 @@ WIDTH, VOCAB = 8, 33
 
 
 def naive(x, weight, labels):
-    """log softmax(x weight^T)[label], entropy and hits, a row at a time; 0 where the label is -100."""
+    """log softmax(x weight^T)[label], entropy, hits and the mean logit, a row at a time; 0 where the label is
+    -100."""
     rows = []
     for row, label in zip(x, labels.tolist()):
-        logps = (weight @ row).log_softmax(-1)
+        logits = weight @ row
+        logps = logits.log_softmax(-1)
         zero = 0 * logps.sum()
         if label == -100:
-            rows.append((zero, zero, zero))
+            rows.append((zero, zero, zero, zero))
         else:
-            rows.append((logps[label], -(logps.exp() * logps).sum(), zero + (logps.argmax() == label)))
+            hit, entropy = zero + (logps.argmax() == label), -(logps.exp() * logps).sum()
+            rows.append((logps[label], entropy, hit, logits.mean()))
     return [torch.stack(column) for column in zip(*rows)]
 
 
@@ -44,7 +47,7 @@ def test_values_and_gradients_are_those_of_log_softmax(rows, counted, logits_mem
     x, weight, labels = make(rows, counted)
     found = linear_logps(x, weight, labels, logits_memory=logits_memory, stats=True)
     expected = naive(x, weight, labels)
-    for f, e in zip(found, expected):
+    for f, e in zip(found, expected, strict=True):
         torch.testing.assert_close(f, e, rtol=1e-12, atol=1e-12)
     grad = torch.randn(rows, dtype=torch.float64)
     torch.testing.assert_close(

@@ -21,10 +21,15 @@ from inputs import (
     reproducible,
     status,
 )
+from safetensors.torch import load_file, save_file
 
+from phoenix import chat
+from phoenix.data.pairs import PairLoader
 from phoenix.data.store import StoreWriter, TokenStore
 from phoenix.files import Interrupted, UserError, read_json_lines
 from phoenix.model.mistral import Mistral
+from phoenix.tokenizer import Tokenizer
+from phoenix.train import reference
 from phoenix.train.distributed import World
 from phoenix.train.reference import ReferenceCache
 
@@ -104,7 +109,10 @@ def run_on_ranks(world: World, config: dpo.DPOConfig) -> None:
     dpo.main(config)
 
 
-@pytest.mark.parametrize("loss_type", [("sigmoid",), ("aot",), ("aot_unpaired", "bco_pair"), ("ipo", "sft")])
+MIXTURES = [("sigmoid",), ("aot",), ("aot_unpaired", "bco_pair"), ("ipo", "sft"), ("kto",)]
+
+
+@pytest.mark.parametrize("loss_type", MIXTURES)
 def test_ranks_and_micro_batches_change_nothing(inputs, tmp_path, two_ranks, loss_type):
     """Three ways to cut a global batch; losses across pairs included."""
     changes = {"loss_type": loss_type, "max_steps": 10, "eval_steps": 10, "save_steps": 10}
@@ -138,7 +146,69 @@ def test_a_model_that_changed_under_its_digest_is_found(inputs, tmp_path, monkey
         dpo.main(dataclasses.replace(config, output_dir=tmp_path / "two"))
 
 
+def test_a_signal_stops_the_reference_and_what_was_computed_stays(inputs, finished, tmp_path, monkeypatch):
+    config = inputs.dpo_config(
+        tmp_path / "run", reference_cache=tmp_path / "cache", micro_batch_tokens=136, max_steps=None
+    )
+    monkeypatch.setattr(reference, "FLUSH", 1)
+    write, written, stopped = ReferenceCache._write, [], []
+
+    def write_and_ask_to_stop(cache, values):
+        write(cache, values)
+        written.append(len(values))
+        if len(written) == 2 and not stopped:
+            stopped.append(True)
+            ask_to_stop()
+
+    monkeypatch.setattr(ReferenceCache, "_write", write_and_ask_to_stop)
+    with pytest.raises(Interrupted, match=r"stopped after \d+ of \d+ pairs of the reference"):
+        dpo.main(config)
+    assert 2 <= len(written) <= 3 and status(tmp_path / "run")[0] == 75
+    first = sum(written)
+    written.clear()
+    dpo.main(config)
+    pairs = (
+        TokenStore.open(inputs.pairs(), kind="pairs"),
+        TokenStore.open(inputs.pairs(), "eval", kind="pairs"),
+    )
+    answers = {digest for store in pairs for pair in loader_of(store).digests for digest in pair}
+    assert sum(written) == len(answers) - first, "nothing is computed twice"
+
+
+def loader_of(store: TokenStore) -> PairLoader:
+    return PairLoader(store, seed=0, global_batch_size=8, micro_batch_tokens=256)
+
+
+def test_a_reference_that_is_not_finite_is_never_kept(inputs, tmp_path):
+    """One row asks for a token whose weights are out of range: the pair is named, and nothing of it stays."""
+    model = inputs.model("wild")
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"][:] = torch.inf
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    (model / "manifest.json").unlink(missing_ok=True)
+    config = inputs.dpo_config(tmp_path / "run", model_name_or_path=model, reference_cache=tmp_path / "cache")
+    with pytest.raises(UserError, match=r"pairs.jsonl, line \d+: the reference gives log-probs of nan"):
+        dpo.main(config)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_losses_without_a_reference_ask_for_none(inputs, tmp_path):
+    config = inputs.dpo_config(
+        tmp_path / "run", loss_type=("simpo",), beta=2.0, reference_cache=tmp_path / "cache", max_steps=2
+    )
+    dpo.main(config)
+    rows = [row for row in reproducible(tmp_path / "run") if "loss" in row]
+    assert rows[0]["loss"] > 0 and all(row["chosen_fall"] is None for row in rows)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
 BAD = {
+    "reference": ({"reference_model": Path("nowhere")}, "nowhere: there is no such folder"),
+    "mixture": ({"loss_type": ("kto", "sft")}, "kto is not mixed with others"),
+    "template": (
+        {"model_name_or_path": "zephyr"},
+        "tuned with the chat template 'zephyr', .*chat_template=zephyr",
+    ),
     "loss": ({"loss_type": ("sigmiod",)}, "'sigmiod'.*sigmoid"),
     "beta": ({"beta": 0.0}, "beta is 0.0"),
     "smoothing": ({"label_smoothing": 0.1, "loss_type": ("hinge",)}, "hinge"),
@@ -158,6 +228,12 @@ def test_bad_input_is_one_sentence(inputs, tmp_path, name):
         changes["store"] = inputs.store()
     elif changes.get("store") == "equal":
         changes["store"] = equal_pairs(inputs, tmp_path)
+    elif "model_name_or_path" in changes:
+        changes["model_name_or_path"] = model = inputs.model("zephyr")
+        tokenizer = Tokenizer.from_pretrained(model)
+        chat.apply_template(tokenizer, "zephyr")
+        tokenizer.save(model)
+        (model / "manifest.json").unlink(missing_ok=True)
     elif "reference_cache" in changes:
         cache = ReferenceCache(tmp_path / "cache", inputs.model("base"), torch.float32, World())
         (cache.folder / "manifest.json").write_text('{"kind": "something"}')

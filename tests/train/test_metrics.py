@@ -128,16 +128,18 @@ def test_sums_of_pairs_over_micro_batches_are_the_plain_mean():
             6, number, generator=generator, requires_grad=True
         ).unbind()
         lengths = torch.randint(1, 9, (2, number), generator=generator)
+        logits = torch.randn(2, number, generator=generator)
         rejected = torch.cat([chosen[:1], rejected[1:]])
         reference = torch.cat([reference[:-1], chosen_logps[-1:]])
-        columns = (losses, chosen, rejected, chosen_logps, rejected_logps, reference, *lengths)
-        sums += metrics.dpo_sums(*columns)
+        columns = (losses, chosen, rejected, chosen_logps, rejected_logps, reference, *lengths, *logits)
+        logps = chosen_logps, rejected_logps
+        sums += metrics.dpo_sums(losses, (chosen, rejected), logps, reference, lengths, logits)
         pairs += [[column[pair].item() for column in columns] for pair in range(number)]
     count = len(pairs)
     plain = dict.fromkeys(("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies"), 0.0)
     plain |= dict.fromkeys(("rewards/margins", "logps/chosen", "logps/rejected", "chosen_fall"), 0.0)
     plain |= {"chosen_length": 0.0, "rejected_length": 0.0}
-    for loss, chosen, rejected, chosen_logps, rejected_logps, reference, longer, other in pairs:
+    for loss, chosen, rejected, chosen_logps, rejected_logps, reference, longer, other, *_ in pairs:
         plain["loss"] += loss / count
         plain["rewards/chosen"] += chosen / count
         plain["rewards/rejected"] += rejected / count
@@ -149,8 +151,13 @@ def test_sums_of_pairs_over_micro_batches_are_the_plain_mean():
         plain["chosen_length"] += longer / count
         plain["rejected_length"] += other / count
     plain["nll_loss"] = -sum(pair[3] for pair in pairs) / sum(pair[6] for pair in pairs)
+    plain["logits/chosen"] = sum(pair[8] for pair in pairs) / sum(pair[6] for pair in pairs)
+    plain["logits/rejected"] = sum(pair[9] for pair in pairs) / sum(pair[7] for pair in pairs)
     assert metrics.dpo_metrics(sums, count) == pytest.approx(plain, rel=1e-6)
     assert sums.dtype == torch.float64 and not sums.requires_grad
+    one, nothing = torch.ones(1), torch.full((1,), torch.nan)
+    unknown = metrics.dpo_sums(one, (one, one), (one, one), nothing, (one, one), (one, one))
+    assert math.isnan(metrics.dpo_metrics(unknown, 1)["chosen_fall"]), "there is no reference"
     assert metrics.dpo_metrics(sums, 1, prefix="eval_").keys() == {f"eval_{name}" for name in plain}
 
 
