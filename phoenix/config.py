@@ -157,6 +157,7 @@ OTHER_NAMES = {
     "ref_model_name_or_path": "reference_model",
     "ref_checkpoint_dir": "reference_model",
     "loss": "loss_type",
+    "f_alpha_divergence_coef": "f_alpha",
     "optimizer": "optim",
     "gradient_checkpointing": "activation_checkpointing",
     "enable_activation_checkpointing": "activation_checkpointing",
@@ -232,13 +233,18 @@ def _read_toml(kind: type, path: Path) -> dict[str, Any]:
 
 
 def _from_text(field: tuple[dataclasses.Field, Any], text: str, where: str) -> Any:
-    """A value of the command line: TOML where it parses as such, otherwise the text itself."""
+    """A value of the command line: TOML where it parses as such, otherwise the text itself.
+
+    One word is a list of one where a list of words is expected; not a list that does not parse, or none.
+    """
     try:
         value = tomllib.loads(f"v = {text}")["v"]
     except (ValueError, RecursionError):
         value = text
     if not isinstance(value, str) and _accepts_text(field[1]):
         value = text
+    if tuple[str, ...] in _alternatives(field[1]) and isinstance(value, str):
+        value = [value] if value not in ("", "none") and value[0] != "[" else value
     return _convert(field, value, where)
 
 
@@ -297,13 +303,8 @@ def _path(_kind: Any, value: Any) -> Path | None:
 
 
 def _tuple(kind: Any, value: Any) -> tuple | None:
-    """tuple[float, ...] takes a list of any length, tuple[float, float] one of two numbers.
-
-    tuple[str, ...] also takes one string; not a list that does not parse, nothing, or none.
-    """
+    """tuple[float, ...] takes a list of any length, tuple[float, float] one of two numbers."""
     kinds = typing.get_args(kind)
-    if kinds == (str, ...) and isinstance(value, str) and value not in ("", "none") and value[0] != "[":
-        return (value,)
     if not isinstance(value, list) or (kinds[-1] is not Ellipsis and len(value) != len(kinds)):
         return None
     items = tuple(_CONVERSIONS[kinds[0]](kinds[0], item) for item in value)

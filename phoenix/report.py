@@ -155,6 +155,7 @@ TRAINING_CURVES = [
     ("Margin of the rewards", ("rewards/margins", "eval_rewards/margins")),
     ("Share of pairs whose chosen answer is preferred", ("rewards/accuracies", "eval_rewards/accuracies")),
     ("Log-prob of an answer", ("logps/chosen", "logps/rejected")),
+    ("Mean logit", ("logits/chosen", "logits/rejected")),
     ("Share of chosen answers less probable than under the reference", ("chosen_fall", "eval_chosen_fall")),
     ("Tokens of an answer", ("chosen_length", "rejected_length")),
     ("Learning rate", ("learning_rate",)),

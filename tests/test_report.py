@@ -136,7 +136,7 @@ def test_training_report(tmp_path):
 def test_preference_training_has_curves_of_its_own(tmp_path):
     both = ("rewards/margins", "rewards/accuracies", "chosen_fall")
     names = ("loss", "rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected")
-    names += ("chosen_length", "rejected_length", *both)
+    names += ("logits/chosen", "logits/rejected", "chosen_length", "rejected_length", *both)
     rows = [dict.fromkeys(names, step / 4) | {"step": step} for step in range(1, 5)]
     rows += [dict.fromkeys(("eval_loss", *(f"eval_{name}" for name in both)), 0.5) | {"step": 4}]
     write_run(tmp_path / "run", rows)
@@ -144,7 +144,7 @@ def test_preference_training_has_curves_of_its_own(tmp_path):
     captions = re.findall("<figcaption>(.*?)</figcaption>", text)
     drawn = [name for caption in captions for name in re.findall("<span class=.*?>(.*?)</span>", caption)]
     assert sorted(drawn) == sorted((*names, "eval_loss", *(f"eval_{name}" for name in both)))
-    assert len(captions) == 7  # chosen and rejected, or trained and held out, stand in one chart
+    assert len(captions) == 8  # chosen and rejected, or trained and held out, stand in one chart
 
 
 def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path):

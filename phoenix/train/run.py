@@ -118,8 +118,8 @@ def model_card(config: Any, rows: list[dict[str, Any]], data: dict[str, Any]) ->
     ]
     how, what = "fine-tuned", f"Rows: {count}."
     if is_dpo:
-        how, what = f"trained on preferences (DPO, loss {' + '.join(config.loss_type)})", f"Pairs: {count}."
-        if getattr(config, "has_reference", True):  # a loss may do without
+        how, what = f"trained on preferences (recipes/dpo.py, loss {' + '.join(config.loss_type)})", f"Pairs: {count}."
+        if config.has_reference:  # some losses do without
             what += f"  Reference: {config.reference_model or config.model_name_or_path}."
     return "\n".join([
         f"# {Path(config.output_dir).name}", "",

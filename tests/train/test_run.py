@@ -142,6 +142,7 @@ def test_the_card_tells_what_ran(tmp_path):
 class Preferences(Settings):
     loss_type: tuple[str, ...] = ("sigmoid", "sft")
     reference_model: Path | None = None
+    has_reference: bool = True
 
 
 def test_the_card_of_preference_training_names_reference_and_rewards(tmp_path):
@@ -150,13 +151,15 @@ def test_the_card_of_preference_training_names_reference_and_rewards(tmp_path):
     data = {**DATA, "kind": "pairs"}
     card = model_card(Preferences(tmp_path / "run"), rows, data)
     for part in (
-        "trained on preferences (DPO, loss sigmoid + sft) with Phoenix",
+        "trained on preferences (recipes/dpo.py, loss sigmoid + sft) with Phoenix",
         "chatml.  Pairs: 7.  Reference: models/grün.",
         "- loss on held-out pairs 0.5000\n- eval_rewards/accuracies 0.7500\n- eval_rewards/margins 1.2500\n",
     ):
         assert part in card, part
     other = Preferences(tmp_path / "run", reference_model=Path("models/other"))
     assert "Reference: models/other." in model_card(other, rows, data)
+    without = Preferences(tmp_path / "run", loss_type=("simpo",), has_reference=False)
+    assert "Reference:" not in model_card(without, rows, data)
     assert "held-out pairs nan" in model_card(other, [{"step": 0, "eval_loss": None}], data)
 
 
