@@ -265,10 +265,6 @@ def test_how_a_recipe_exits(monkeypatch, capsys, arguments, rank, code, message)
     assert (found, capsys.readouterr().err) == (code, message)
 
 
-def test_one_string_in_a_file_is_a_list_of_one(tmp_path):
-    assert from_file(tmp_path, 'store = "a"\nreport_to = "wandb"\n').report_to == ("wandb",)
-
-
 def test_other_names_point_nowhere_twice():
     others = config_module.OTHER_NAMES
     assert not set(others) & {*others.values(), *config_module.WITHOUT_FIELD}

@@ -24,6 +24,7 @@ from inputs import (
 from safetensors.torch import load_file, save_file
 
 from phoenix import chat
+from phoenix.config import load_config
 from phoenix.data.pairs import PairLoader
 from phoenix.data.store import StoreWriter, TokenStore
 from phoenix.files import Interrupted, UserError, read_json_lines
@@ -173,6 +174,24 @@ def test_a_signal_stops_the_reference_and_what_was_computed_stays(inputs, finish
     )
     answers = {digest for store in pairs for pair in loader_of(store).digests for digest in pair}
     assert sum(written) == len(answers) - first, "nothing is computed twice"
+
+
+def test_the_quickstarts_model_is_trained_first_if_it_is_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def train(config):
+        asked.append(config)
+        raise Interrupted("stopped")
+
+    monkeypatch.setattr(dpo.sft, "main", train)
+    with pytest.raises(Interrupted):
+        dpo.main(load_config(dpo.DPOConfig, [], dpo.QUICKSTART))
+    assert asked == [load_config(dpo.sft.SFTConfig, [], dpo.sft.QUICKSTART)]
+    other = [f"model_name_or_path={tmp_path / 'mine'}"]
+    with pytest.raises(UserError, match="mine: there is no such folder"):
+        dpo.main(load_config(dpo.DPOConfig, other, dpo.QUICKSTART))
+    assert len(asked) == 1 and not (tmp_path / "stores").exists()
 
 
 def loader_of(store: TokenStore) -> PairLoader:
