@@ -118,7 +118,8 @@ def model_card(config: Any, rows: list[dict[str, Any]], data: dict[str, Any]) ->
     ]
     how, what = "fine-tuned", f"Rows: {count}."
     if is_dpo:
-        how, what = f"trained on preferences (recipes/dpo.py, loss {' + '.join(config.loss_type)})", f"Pairs: {count}."
+        how = f"trained on preferences (recipes/dpo.py, loss {' + '.join(config.loss_type)})"
+        what = f"Pairs: {count}."
         if config.has_reference:  # some losses do without
             what += f"  Reference: {config.reference_model or config.model_name_or_path}."
     return "\n".join([
