@@ -1,7 +1,7 @@
 """Direct preference optimisation, section 3.3 of the paper: a chat model and pairs -> a better one.
 
     torchrun recipes/dpo.py                                   the shipped German pairs, after recipes/sft.py
-    torchrun --nproc-per-node=8 recipes/dpo.py recipes/configs/phoenix_dpo.toml beta=0.2
+    torchrun --nproc-per-node=8 recipes/dpo.py recipes/configs/phoenix_dpo.toml
 
 The reference's log-probs are computed once, before the first step, and kept on disk: no second model is in
 memory.  Writes a run folder as recipes/sft.py does.  SIGTERM or Ctrl-C saves a checkpoint and exits with 75;
