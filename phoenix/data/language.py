@@ -21,14 +21,21 @@ TAIL = 80  # words at the end of a reply in which a loop shows
 COPY = 12  # words in a row that nobody writes twice by chance
 
 
-def reply_language(text: str, prompt: str = "", candidates: Collection[str] = CANDIDATES) -> str | None:
+def reply_language(
+    text: str,
+    prompt: str = "",
+    candidates: Collection[str] = CANDIDATES,
+    *,
+    min_words: int = MIN_WORDS,
+    min_letters: int = MIN_LETTERS,
+) -> str | None:
     """Language code of the prose of a reply, one of `candidates`; None if too little prose is left to decide.
 
     Needs py3langid (extra `language`).  Raises UserError without it.
     """
     text = prose(text, prompt)
     letters = re.findall(r"[^\W\d_]+", text)
-    if len(letters) < MIN_WORDS or sum(map(len, letters)) < MIN_LETTERS:
+    if len(letters) < min_words or sum(map(len, letters)) < min_letters:
         return None
     return _identifier(tuple(sorted(candidates))).classify(" ".join(text.split()))[0]
 
