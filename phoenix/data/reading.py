@@ -18,18 +18,19 @@ MAX_LINE = 64 * 2**20  # bytes; real conversations stay below 1 MB
 MAX_INFLATION = 200  # of a gzip file: 3 to 20 on text, 1032 on zeros
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_rows(path: Path, errors: str = "strict") -> Iterator[tuple[int, dict[str, Any]]]:
     """(line, row) of each row of a file; for .json and .parquet the number of the row, from 1.
 
     Blank lines are skipped, a BOM and CRLF are accepted.  Raises UserError naming file and line for what is
     no UTF-8, holds a NUL, does not parse, is no object or is longer than MAX_LINE, and for a damaged file.
+    errors: "replace" puts U+FFFD in place of what is no UTF-8.
     """
     path = Path(path)
     reader = next((read for ending, read in READERS.items() if path.name.endswith(ending)), None)
     if not path.is_file() or reader is None:
         found = "ends otherwise" if path.is_file() else "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"{path} {found}; expected a file of rows that ends in one of {', '.join(READERS)}")
-    for line, row in reader(path):
+    for line, row in reader(path, errors):
         if not isinstance(row, dict):
             raise UserError(
                 f"{path}, line {line}: found a {type(row).__name__}; expected an object of fields"
@@ -46,12 +47,12 @@ def _at(path: Path, line: int) -> Iterator[None]:
         raise _unreadable(path, line, error) from None
 
 
-def _unreadable(path: Path, line: int, error: Exception) -> UserError:
-    reason = f"{type(error).__name__}: {error}"
+def _unreadable(path: Path, line: int, error: object, kind: type | None = None) -> UserError:
+    reason = f"{(kind or type(error)).__name__}: {error}"
     return UserError(f"{path}, line {line}: cannot be read ({reason}); correct or remove it")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _lines(path: Path, errors: str) -> Iterator[tuple[int, str]]:
     """Numbered lines, checked one by one, so that neither a huge line nor a gzip bomb fills the memory.
 
     One `try` around all lines: a bomb of 10^8 empty lines would spend minutes in a context manager for each.
@@ -72,33 +73,36 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                     raise ValueError(f"gzip that holds more than {MAX_INFLATION} times its size")
                 if b"\0" in line:
                     raise ValueError("holds a NUL byte")
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8", errors)
+    except UnicodeDecodeError as error:
+        place = f"{error}, byte {size - len(error.object) + error.start} of the file"
+        raise _unreadable(path, number, place, type(error)) from None
     except ERRORS as error:
         raise _unreadable(path, number, error) from None
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    for number, line in _lines(path):
+def _json_lines(path: Path, errors: str) -> Iterator[tuple[int, Any]]:
+    for number, line in _lines(path, errors):
         if line.strip():
             with _at(path, number):
                 row = json.loads(line, object_pairs_hook=unique_keys)
             yield number, row
 
 
-def _json(path: Path) -> Iterator[tuple[int, Any]]:
+def _json(path: Path, errors: str) -> Iterator[tuple[int, Any]]:
     """A list of objects, read whole; without a "[" at the start: JSON lines, as in many files of the hub."""
-    if not next((line for _, line in _lines(path) if line.strip()), "").lstrip().startswith("["):
-        yield from _json_lines(path)
+    if not next((line for _, line in _lines(path, errors) if line.strip()), "").lstrip().startswith("["):
+        yield from _json_lines(path, errors)
         return
     with _at(path, 1):
-        rows = json.loads("".join(line for _, line in _lines(path)), object_pairs_hook=unique_keys)
+        rows = json.loads("".join(line for _, line in _lines(path, errors)), object_pairs_hook=unique_keys)
     yield from enumerate(rows, 1)
 
 
-def _csv(path: Path) -> Iterator[tuple[int, Any]]:
+def _csv(path: Path, errors: str) -> Iterator[tuple[int, Any]]:
     """The line is the last one of a row, which may have several."""
     csv.field_size_limit(MAX_LINE)
-    reader, header = csv.reader((line for _, line in _lines(path)), strict=True), []
+    reader, header = csv.reader((line for _, line in _lines(path, errors)), strict=True), []
     while True:
         with _at(path, reader.line_num + 1):
             cells = next(reader, None)
@@ -112,7 +116,7 @@ def _csv(path: Path) -> Iterator[tuple[int, Any]]:
         header = header or cells
 
 
-def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
+def _parquet(path: Path, _errors: str) -> Iterator[tuple[int, Any]]:
     arrow, parquet = require("pyarrow", "data"), require("pyarrow.parquet", "data")
     number = 0
     try:

@@ -1,0 +1,325 @@
+"""Rows of any known format -> the same rows in another language, section 3.1 of the paper.
+
+    python recipes/translate.py input=rows.jsonl output=runs/de engine=vllm model=models/alma-13b language=de
+    torchrun --nproc-per-node=8 recipes/translate.py recipes/configs/phoenix_translate.toml   one engine a GPU
+
+collect the unique segments of all rows -> translate them shard by shard -> put the rows together.  Any number
+of processes may start on one output folder, join late or be killed: they share the shards by files in it, and
+what is translated is safe batch by batch.  The same command goes on.  --help lists all fields.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from phoenix.config import check_bounds, option, run_recipe
+from phoenix.data.reading import read_rows
+from phoenix.files import UserError, atomic_write, describe_file, json_digest, read_json, sha256, write_json
+from phoenix.translate import checks, fields, pipeline
+from phoenix.translate.assembly import Assembler, References, Translations, read_corrections
+from phoenix.translate.claims import Claims
+from phoenix.translate.engines import EngineConfig, open_engine
+from phoenix.translate.language import Language, load_language
+from phoenix.translate.ledger import Ledger, Prices, Progress
+from phoenix.translate.page import plain, table, write_page
+from phoenix.translate.pipeline import Parts, Record, Shards, Stop, Translator, Worker
+
+QUICKSTART = Path(__file__).parent / "configs" / "quickstart_translate.toml"
+WAIT = 0.2  # seconds between two looks at what other processes do
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranslateConfig(EngineConfig):
+    """Rows of any known format (phoenix/translate/fields.py) -> the same rows in another language."""
+
+    input: Path | tuple[Path, ...] = option("file or files of rows: .jsonl, .jsonl.gz, .json, .csv, .parquet")
+    output: Path = option("folder of the run, which any number of processes may share")
+    language: str = option("target: a name in recipes/languages, or the path of such a file", "de")
+    errors: str = option("bytes that are not UTF-8: an error, or U+FFFD", "strict", ("strict", "replace"))
+    tasks: str = option(
+        "rows whose task translation destroys: left out, kept as they are with a mark, or translated",
+        "mark", ("skip", "mark", "translate"),
+    )  # fmt: skip
+    max_chars: int = option("longer lines are cut at the ends of sentences", 600, bounds="above 0")
+    shard_size: int = option("segments of a shard: 10 to 60 seconds of work", 4096, bounds="above 0")
+    batch_size: int = option("segments that are asked, and then safe, at a time", 1024, bounds="above 0")
+    max_attempts: int = option(
+        "at a segment that the checks fail: again, and the last time in smaller pieces", 3, bounds="above 0"
+    )
+    on_failure: str = option(
+        "what failed to the end stays in the source language, or its row is dropped", "keep", ("keep", "drop")
+    )
+    corrections: Path | None = option("file of rows with source and translation, applied last", None)
+    references: str | None = option(
+        "for chrF and BLEU: a field of the rows, or a file of the same rows", None
+    )
+    merge: str = option("all rows when all is done, or now those that are", "all", ("all", "partial"))
+    sample: int = option(
+        "translate so many random segments, show them with an estimate for all, and stop", 0,
+        bounds="of at least 0",
+    )  # fmt: skip
+    gpus: float | None = option(
+        "GPUs that a process keeps busy; none: vllm's tensor_parallel_size", None, bounds="of at least 0"
+    )
+    gpu_price_per_hour: float = option("EUR, of one GPU", 2.0, bounds="of at least 0")
+    api_price_per_character: float = option("EUR, of what is sent", 0.0, bounds="of at least 0")
+    api_price_per_million_tokens: tuple[float, float] = option("EUR, of prompts and of replies", (0.0, 0.0))
+    stale_after: float = option(
+        "seconds without a sign of life after which others take over", 60.0, bounds="above 0"
+    )
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return self.input if isinstance(self.input, tuple) else (self.input,)
+
+    @property
+    def prices(self) -> Prices:
+        gpus = self.tensor_parallel_size * (self.engine == "vllm") if self.gpus is None else self.gpus
+        tokens = self.api_price_per_million_tokens
+        return Prices(gpus, self.gpu_price_per_hour, self.api_price_per_character, tokens)
+
+
+def main(config: TranslateConfig) -> Path:
+    """Translate; returns the file of rows.  Raises UserError, and Interrupted if a signal asked to stop."""
+    check(config)
+    language, corrections = load_language(config.language), read_corrections(config.corrections)
+    run = identity(config, language)
+    with Stop() as stop, Claims(config.output / "claims", config.stale_after) as claims:
+        shards = collect(config, run, claims, stop)
+        while config.merge == "all" and not is_merged(config):
+            if sampled := translate(config, shards, language, claims, stop):
+                return show_sample(config, shards, sampled)
+            if claims.take(["merge"]):
+                put_together(config, shards, language, corrections, stop)
+                claims.give_up()
+            else:
+                wait(stop)
+        if config.merge == "partial":
+            put_together(config, shards, language, corrections, stop)
+    path = output_file(config, "translated.jsonl")
+    if is_first():
+        print(f"{table(read_json(output_file(config, 'ledger.json')))}\nwrote {path}")
+    return path
+
+
+def collect(config: TranslateConfig, run: Row, claims: Claims, stop: Stop) -> Shards:
+    """1. Rows -> unique segments in shards: by the first process that comes, while the others wait."""
+    path, manifest = config.output / "run.json", config.output / "segments" / "manifest.json"
+    if path.exists():
+        pipeline.compare(path, run)
+    while not manifest.exists():
+        if config.merge == "partial":
+            raise UserError(f"{config.output}: nothing is translated yet; start without merge=partial first")
+        if claims.take(["collect"]) is None:
+            wait(stop)
+            continue
+        if not path.exists():
+            write_json(path, run)
+        pipeline.compare(path, run)
+        if not manifest.exists():
+            pipeline.collect(config.output, taken_apart(config, "collect", stop), config.shard_size)
+        claims.give_up()
+    pipeline.compare(path, run)
+    if (
+        config.model and (config.output / "engine.json").exists()
+    ):  # also where all is done, and no engine opened
+        pipeline.compare(config.output / "engine.json", {"label": {"model": model_name(config)}})
+    return Shards(config.output)
+
+
+def translate(
+    config: TranslateConfig, shards: Shards, language: Language, claims: Claims, stop: Stop
+) -> dict[str, Record]:
+    """2. Shards -> journal -> done, until all are done, whoever did it; returns the sample if one is set."""
+    if not shards.open_ones():
+        return {}
+    sampled: dict[str, Record] = {}
+    with contextlib.ExitStack() as stack:
+        engine = stack.enter_context(contextlib.closing(open_engine(config, language)))
+        agree(config, engine.settings(), claims, stop)
+        bar = stack.enter_context(
+            contextlib.closing(Progress(shards.manifest, config.prices, show=is_first()))
+        )
+        translator = Translator(engine, language, config.max_attempts)
+        worker = Worker(shards, translator, claims, stop, config.batch_size, bar.add)
+        while open_ones := shards.open_ones():
+            bar.see_done(open_ones)
+            number = worker.claim(open_ones)
+            if number is None:
+                wait(stop)
+                continue
+            sampled |= worker.translate(number, config.sample - len(sampled) if config.sample else None)
+            claims.give_up()
+            if config.sample and (len(sampled) >= config.sample or len(open_ones) == 1):
+                return sampled
+    return {}
+
+
+def put_together(
+    config: TranslateConfig, shards: Shards, language: Language, corrections: dict[str, str], stop: Stop
+) -> None:
+    """3. Done -> rows in the order of the input, report, ledger; nothing if a finished shard is damaged.
+
+    The ledger comes last: what it states is whole.
+    """
+    translations, ledger = Translations(config.output), Ledger(config.prices)
+    for number in range(len(shards.sizes)):
+        records = shards.finished(number)
+        if not records and config.merge == "all":
+            return  # it is open again
+        records = records or shards.unfinished(number, config.max_attempts)
+        translations.add(records)
+        ledger.add(records)
+    label = read_label(config) | {"language": language.code}
+    assembler = Assembler(translations, language, label, corrections, config.on_failure == "drop")
+    rows, references = Counter(), References(config.references)
+    with atomic_write(output_file(config, "translated.jsonl"), "wb") as file:
+        for (where, row, task, parts), other in zip(taken_apart(config, "put together", stop), references):
+            outcome, made = ("task", {}) if task and config.tasks == "skip" else assembler(row, parts, task)
+            rows[outcome] += 1
+            if outcome == "written":
+                file.write(pipeline.to_json(made) + b"\n")
+                rows["register_mixed"] += made["translation"]["register"] == "mixed"
+                references.add(where, row, other, made)
+    summary = {"complete": config.merge == "all", "rows": dict(rows), "input": shards.counts}
+    summary |= {"corrections_used": len(assembler.used), **ledger.totals()}
+    summary |= {"scores": checks.score(*zip(*references.pairs))} if references.pairs else {}
+    write_page(output_file(config, "report.html"), f"Translation in {config.output}", summary, ledger)
+    file = describe_file(output_file(config, "translated.jsonl"))
+    summary |= {"made": {"with": merge_digest(config), "label": label, "file": file}}
+    write_json(output_file(config, "ledger.json"), summary | {"digest": json_digest(summary)})
+
+
+def show_sample(config: TranslateConfig, shards: Shards, sampled: dict[str, Record]) -> Path:
+    """Print the sample beside its translation, and what the whole will take; also as sample.html."""
+    ledger = Ledger(config.prices)
+    ledger.add(sampled)
+    summary, total = ledger.totals(), shards.manifest["unique_characters"]
+    summary["time_and_money"]["comparison"] = ledger.comparison(total)
+    shown = [(source, record.text, record.flags) for source, record in sampled.items()]
+    path, title = config.output / "sample.html", f"{len(shown)} random segments of {config.output}"
+    write_page(path, title, summary, ledger, shown=shown)
+    for source, text, flags in shown:
+        print(f"- {plain(source)}\n  {plain(text)}", *(f"[{flag}]" for flag in flags))
+    hours = ledger.seconds * total / max(ledger.characters, 1) / 3600
+    print(
+        f"\nestimate for all {shards.manifest['unique']:,} segments ({total:,} characters), from this sample:"
+    )
+    print(f"at most {hours:.3g} h of one process, since larger batches run faster\n")
+    print(table(summary) + f"\nwrote {path}; the same command without sample= goes on")
+    return path
+
+
+def check(config: TranslateConfig) -> None:
+    """Everything cheap, before anything expensive."""
+    check_bounds(config)
+    if not all(0 <= price < math.inf for price in config.api_price_per_million_tokens):
+        raise UserError("api_price_per_million_tokens: a price is below 0 or no number; correct it")
+    missing = [str(path) for path in config.files if not path.is_file()]
+    if missing or not config.files:
+        raise UserError(f"input: no such file: {', '.join(missing) or 'the list is empty'}; correct it")
+    folder = config.output
+    names = [path.name for path in folder.iterdir() if path.name != "claims"] if folder.is_dir() else []
+    is_file = folder.exists() and not folder.is_dir()
+    if is_file or (names and "run.json" not in names and not all(name.startswith(".") for name in names)):
+        raise UserError(f"{folder} exists and is no run of translation; choose another output, or remove it")
+
+
+def identity(config: TranslateConfig, language: Language) -> Row:
+    """What makes a run this one and no other; prices, batches and what comes last may change."""
+    names = ("engine", "errors", "tasks", "max_chars", "shard_size", "max_attempts")
+    settings = {name: getattr(config, name) for name in names}
+    files = {str(number): sha256(path) for number, path in enumerate(config.files)}
+    return {"format_version": 1, **settings, "language": dataclasses.asdict(language), "input": files}
+
+
+def agree(config: TranslateConfig, settings: Row, claims: Claims, stop: Stop) -> None:
+    """All processes have the same engine; the first one writes down which."""
+    path = config.output / "engine.json"
+    while not path.exists():
+        if claims.take(["engine"]) is None:
+            wait(stop)
+        elif not path.exists():
+            name = model_name(config) or settings.get("model")
+            label = {"engine": config.engine, "model": name, "prompt": settings.get("prompt")}
+            write_json(path, {"label": label, "settings": settings})
+        claims.give_up()
+    pipeline.compare(path, {"settings": settings})
+
+
+def read_label(config: TranslateConfig) -> Row:
+    """What made the translations, as the processes agreed; none did if there was nothing to translate."""
+    path = config.output / "engine.json"
+    return (
+        read_json(path)["label"]
+        if path.exists()
+        else {"engine": config.engine, "model": None, "prompt": None}
+    )
+
+
+def model_name(config: TranslateConfig) -> str | None:
+    return Path(config.model).name if config.engine == "vllm" and config.model else config.model
+
+
+def taken_apart(
+    config: TranslateConfig, doing: str, stop: Stop
+) -> Iterator[tuple[str, Row, str | None, Parts]]:
+    """(file and line, row, task that keeps it from being translated, its texts in pieces) of all rows."""
+    rows = ((path, *row) for path in config.files for row in read_rows(path, config.errors))
+    for path, line, row in tqdm(rows, desc=doing, unit=" rows", disable=None if is_first() else True):
+        stop.check()
+        where, task = f"{path}, line {line}", fields.untranslatable(row)
+        is_kept = task is not None and config.tasks != "translate"
+        yield where, row, task, {} if is_kept else pipeline.take_apart(row, where, config.max_chars)
+
+
+def merge_digest(config: TranslateConfig) -> str:
+    """Of what decides how done shards become rows and a ledger."""
+    names = ("on_failure", "references", "merge")
+    files = [str(config.corrections or ""), config.references or ""]
+    digests = [sha256(Path(name)) if Path(name).is_file() else None for name in files]
+    values = {name: getattr(config, name) for name in names} | {"files": digests}
+    return json_digest(values | {"prices": dataclasses.astuple(config.prices)})
+
+
+def is_merged(config: TranslateConfig) -> bool:
+    """The rows are there, whole, and as this config wants them."""
+    path, rows = output_file(config, "ledger.json"), output_file(config, "translated.jsonl")
+    if not path.exists() or not rows.exists():
+        return False
+    try:
+        ledger = json.loads(path.read_bytes())
+        is_sound, made = ledger["digest"] == json_digest(ledger), ledger["made"]
+        return is_sound and made["with"] == merge_digest(config) and made["file"] == describe_file(rows)
+    except (ValueError, KeyError, TypeError):
+        return False  # damaged
+
+
+def output_file(config: TranslateConfig, name: str) -> Path:
+    """A partial one has a name of its own, so that translated.jsonl is always the whole."""
+    stem, _, ending = name.partition(".")
+    return config.output / (name if config.merge == "all" else f"{stem}.partial.{ending}")
+
+
+def wait(stop: Stop) -> None:
+    stop.check()
+    time.sleep(WAIT)
+
+
+def is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+if __name__ == "__main__":
+    run_recipe(main, TranslateConfig, QUICKSTART)

@@ -1,0 +1,250 @@
+"""translate as people run it: rows in a file -> rows in another language, what is counted, and mistakes."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from phoenix.config import load_config
+from phoenix.files import UserError
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "recipes"))
+import translate  # noqa: E402
+
+GREETINGS = {
+    "Good morning, how did you sleep last night?": "Guten Morgen, wie haben Sie letzte Nacht geschlafen?",
+    "Very well, thank you for asking.": "Sehr gut, danke der Nachfrage.",
+    "See [[1]] for the timetable of the trains.": "Den Fahrplan der Züge finden Sie unter [[1]].",
+    "I would like to buy a new bicycle.": "Ich möchte ein neues Fahrrad kaufen.",
+    "Which colour would you like to have?": "Welche Farbe hättest du gerne?",
+}
+TIMETABLE = "See https://example.org/a for the timetable of the trains."
+ASKED = list(GREETINGS)
+
+
+def say(*contents):
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+ROWS = [
+    {"messages": say(ASKED[0], f"{ASKED[1]}\n\n  - {TIMETABLE}\r\n"), "id": 7, "score": None},
+    {"messages": say(ASKED[3], ASKED[4], ASKED[0], ASKED[1]), "id": 8, "score": 0.5},
+]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+@pytest.fixture
+def configure(tmp_path):
+    def configure(rows=ROWS, answers=GREETINGS, **options):
+        table = [{"source": source, "translation": text} for source, text in answers.items()]
+        files = rows if isinstance(rows, Path) else write(tmp_path / "rows.jsonl", rows)
+        base = translate.TranslateConfig(
+            input=files, output=tmp_path / "out", engine="table", table=write(tmp_path / "table.jsonl", table)
+        )
+        return dataclasses.replace(base, **options)
+
+    return configure
+
+
+def contents(path):
+    return [[message["content"] for message in row["messages"]] for row in read(path)]
+
+
+def test_rows_keep_their_schema_and_their_structure(configure, capsys):
+    path = translate.main(configure())
+    german = list(GREETINGS.values())
+    timetable = german[2].replace("[[1]]", "https://example.org/a")
+    assert contents(path) == [
+        [german[0], f"{german[1]}\n\n  - {timetable}\r\n"],
+        [german[3], german[4], german[0], german[1]],
+    ]
+    for before, after in zip(ROWS, read(path)):
+        record = after.pop("translation")
+        assert (
+            list(after) == list(before) and after["id"] == before["id"] and after["score"] == before["score"]
+        )
+        assert record["engine"] == "table" and record["language"] == "de" and record["kept_in_source"] == 0
+    assert [row["translation"]["register"] for row in read(path)] == ["formal", "mixed"]
+    ledger = json.loads((path.parent / "ledger.json").read_text())
+    assert ledger["rows"] == {"written": 2, "register_mixed": 1} and ledger["input"]["segments"] == 7
+    assert ledger["segments"] == 5 and ledger["characters"] == sum(map(len, GREETINGS))
+    said = capsys.readouterr().out
+    assert "DeepL API Pro, EUR" in said and str(path) in said
+
+
+def test_what_fails_is_kept_in_the_source_language_or_its_row_is_dropped(configure, capsys):
+    answers = GREETINGS | {ASKED[4]: "", ASKED[2]: "Den Fahrplan der Züge finden Sie im Netz."}
+    config = configure(answers=answers)
+    path = translate.main(config)
+    [[_, second], [_, fourth, *_]] = contents(path)
+    assert fourth == ASKED[4] and second.endswith(f"  - {TIMETABLE}\r\n")
+    ledger = json.loads((path.parent / "ledger.json").read_text())
+    assert ledger["failed"] == 2 and ledger["flags"] == {"empty": 1, "spans": 1}
+    assert ledger["attempts"] == {"1": 3, "3": 2}
+    page = (path.parent / "report.html").read_text(encoding="utf-8")
+    assert "Den Fahrplan der Züge finden Sie im Netz." in page and "<h2>spans: 1 of 1</h2>" in page
+    # The same folder: nothing is translated again, what comes last may change.
+    translate.main(dataclasses.replace(config, on_failure="drop"))
+    assert read(path) == [] and json.loads((path.parent / "ledger.json").read_text())["rows"]["failed"] == 2
+    fixed = {ASKED[4]: "Welche Farbe?", TIMETABLE: "Fahrplan: https://example.org/a."}
+    rows = [{"source": source, "translation": text} for source, text in fixed.items()]
+    corrections = write(path.parent.parent / "fixed.jsonl", rows)
+    translate.main(dataclasses.replace(config, on_failure="drop", corrections=corrections))
+    [[_, second], [_, fourth, *_]] = contents(path)
+    assert fourth == "Welche Farbe?" and second.endswith("  - Fahrplan: https://example.org/a.\r\n")
+    assert json.loads((path.parent / "ledger.json").read_text())["corrections_used"] == 2
+
+
+def test_a_finished_run_is_not_made_again_and_one_that_was_changed_is(configure):
+    config = configure()
+    path = translate.main(config)
+    before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in path.parent.glob("*.*")}
+    translate.main(config)
+    assert before == {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in path.parent.glob("*.*")}
+    content = path.read_bytes()
+    path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    translate.main(config)
+    assert path.read_bytes() == content
+
+
+def test_a_sample_is_shown_with_an_estimate_and_counts_for_the_whole(configure, capsys):
+    config = configure()
+    page = translate.main(dataclasses.replace(config, sample=3))
+    said = capsys.readouterr().out
+    assert said.count("\n- ") + said.startswith("- ") == 3 and "estimate for all 5 segments" in said
+    assert page.exists() and not (config.output / "translated.jsonl").exists()
+    assert len(b"".join(file.read_bytes() for file in config.output.glob("journal/*")).splitlines()) == 3
+    partial = translate.main(dataclasses.replace(config, merge="partial"))
+    assert partial.name == "translated.partial.jsonl" and len(read(partial)) < 2
+    assert translate.main(config).exists()
+    complete = translate.main(dataclasses.replace(config, merge="partial"))
+    assert complete.read_bytes() == (config.output / "translated.jsonl").read_bytes()
+
+
+def test_references_give_the_scores_of_sacrebleu(configure, tmp_path):
+    rows = [{"text": source, "reference": text.replace("Sie", "ihr")} for source, text in GREETINGS.items()]
+    path = translate.main(configure(rows[:2], references="reference"))
+    scores = json.loads((path.parent / "ledger.json").read_text())["scores"]
+    expected = translate.checks.score(list(GREETINGS.values())[:2], [row["reference"] for row in rows[:2]])
+    assert scores == expected and 0 < scores["bleu"] < 100
+    files = write(tmp_path / "human.jsonl", [{"text": row["reference"]} for row in rows[:2]])
+    path = translate.main(configure(rows[:2], references=str(files)))
+    assert json.loads((path.parent / "ledger.json").read_text())["scores"] == expected
+
+
+def test_money_is_counted_and_compared(configure):
+    config = configure(gpus=2.0, gpu_price_per_hour=3.0, api_price_per_character=0.01)
+    spent = json.loads((translate.main(config).parent / "ledger.json").read_text())["time_and_money"]
+    characters = sum(map(len, GREETINGS))
+    assert spent["eur"] == pytest.approx(0.01 * characters + spent["gpu_seconds"] / 3600 * 3, abs=1e-5)
+    assert [line["way"] for line in spent["comparison"]] == ["this run", "rented GPU", "DeepL API Pro"]
+    assert spent["comparison"][2]["eur"] == pytest.approx(characters * 0.00002, abs=1e-4)
+
+
+def test_identity_gives_the_shipped_sample_back(tmp_path):
+    arguments = [str(translate.QUICKSTART), f"output={tmp_path / 'out'}"]
+    config = load_config(translate.TranslateConfig, arguments)
+    path = translate.main(dataclasses.replace(config, input=ROOT / config.input))
+    rows = read(path)
+    assert [row.pop("translation")["kept_in_source"] for row in rows] == [0] * len(rows)
+    assert rows == read(ROOT / config.input)
+    load_config(translate.TranslateConfig, [str(translate.QUICKSTART.with_name("phoenix_translate.toml"))])
+
+
+MISTAKES = {
+    "no such input": ({"input": Path("no.jsonl")}, "input: no such file: no.jsonl"),
+    "unknown language": ({"language": "xx"}, "cs, de, es, fr"),
+    "negative price": ({"gpu_price_per_hour": -1.0}, "gpu_price_per_hour is -1.0"),
+    "negative token price": ({"api_price_per_million_tokens": (0.0, -1.0)}, "api_price_per_million_tokens"),
+    "no table": ({"table": None}, "name it: table=FILE"),
+    "partial first": ({"merge": "partial"}, "nothing is translated yet"),
+    "references that are none": (
+        {"references": "nowhere"},
+        "line 1: has 2 texts, but no reference for each in",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_one_sentence(configure, name):
+    changes, sentence = MISTAKES[name]
+    with pytest.raises(UserError) as error:
+        translate.main(configure(**changes))
+    assert sentence in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"language": "fr"}, "holds a run with language.code 'de', and this one has 'fr'"),
+        ({"max_chars": 5}, "holds a run with max_chars 600, and this one has 5"),
+        ({"engine": "identity"}, "holds a run with engine 'table', and this one has 'identity'"),
+    ],
+)
+def test_a_folder_of_a_run_with_another_config_is_refused(configure, changes, sentence):
+    config = configure()
+    translate.main(config)
+    with pytest.raises(UserError, match=sentence):
+        translate.main(dataclasses.replace(config, **changes))
+
+
+def test_other_rows_or_another_table_are_another_config(configure):
+    config = configure()
+    translate.main(dataclasses.replace(config, sample=1))
+    with pytest.raises(UserError, match=r"holds a run with settings.sha256"):
+        translate.main(configure(answers=GREETINGS | {"a": "b"}))
+    with pytest.raises(UserError, match=r"holds a run with input.0"):
+        translate.main(configure(ROWS[:1]))
+    shutil.rmtree(config.output)
+    write(config.output.parent / "file", [])
+    with pytest.raises(UserError, match="is no run of translation"):
+        translate.main(configure(output=config.output.parent / "file"))
+    with pytest.raises(UserError, match="is no run of translation"):
+        translate.main(configure(output=config.output.parent))
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        (b'{"text": "\xff"}', r"line 2: .*byte 28 of the file"),
+        (b'{"text": "cut', r"line 2: cannot be read \(JSONDecodeError"),
+        (b'{"a": 1, "b": 2}', r"line 2: .*text"),
+        (b'{"text": "a", "translation": "b"}', r"line 2: has a field 'translation' already"),
+        (b"[1]", r"line 2: found a list"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(configure, tmp_path, line, sentence):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b'{"text": "Hello"}\n' + line + b"\n")
+    with pytest.raises(UserError, match=rf"{path}, {sentence}") as error:
+        translate.main(configure(path))
+    assert "\n" not in str(error.value)
+
+
+def test_bytes_that_are_not_utf_8_may_be_replaced(configure, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b'{"text": "Hello \xff"}\n')
+    [row] = read(translate.main(configure(path, engine="identity", errors="replace")))
+    assert row["text"] == "Hello \ufffd"
+
+
+def test_a_mistake_at_the_terminal_is_a_line_and_exit_code_2(tmp_path):
+    command = [sys.executable, ROOT / "recipes" / "translate.py", f"output={tmp_path / 'out'}"]
+    for argument in ("gpu_price_per_hour=cheap", "engine=deepl", "lang=de"):
+        done = subprocess.run([*command, argument], cwd=ROOT, capture_output=True, text=True, env=os.environ)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and argument.split("=")[0] in done.stderr
+    assert not (tmp_path / "out").exists()
