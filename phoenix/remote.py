@@ -8,6 +8,7 @@ nothing at all was answered for `patience` seconds; a single request that fails 
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import http.client
 import itertools
@@ -71,9 +72,7 @@ class Server:
             raise UserError("no server is named; write its address, such as http://localhost:8000")
         self.concurrency, self.timeout, self.patience, self.pause = concurrency, timeout, patience, pause
         self._say = say or (lambda line: print(line, file=sys.stderr, flush=True))
-        self._headers = {"Content-Type": "application/json", "Accept": "application/json"} | _key(
-            key_variable
-        )
+        self._headers = {"Content-Type": "application/json"} | _key(key_variable)
         self._lock, self._turn, self._closed = threading.Lock(), itertools.count(), threading.Event()
         self._idle: dict[str, queue.LifoQueue] = {url: queue.LifoQueue() for url in self.urls}
         self._open: set[http.client.HTTPConnection] = set()
@@ -84,9 +83,8 @@ class Server:
         """What /v1/models lists, by name; {} if the server has no such list."""
         found = self.ask("GET", "/models", None, lambda value: {str(m["id"]): dict(m) for m in value["data"]})
         if isinstance(found, Refusal) and found.status not in (404, 405):
-            raise UserError(
-                f"{self.urls[0]}/models answers {found.status}: {found.message}; check the address"
-            )
+            what = f"{self.urls[0]}/models answers {found.status}: {found.message}"
+            raise UserError(f"{what}; check the address")
         return {} if isinstance(found, Refusal) else found
 
     def ask_all(self, path: str, bodies: Sequence[Any], read: Read) -> list[Any]:
@@ -142,7 +140,8 @@ class Server:
                 return answer
             except _RetryError as failure:
                 failures += failure.counts
-                silent = time.monotonic() - max(self._answered, begun)
+                since = max(self._answered, begun)
+                silent = time.monotonic() - since
                 if stop.is_set() or silent + failure.after > self.patience:
                     wish = f", and wants no request for {failure.after:.0f} s" if failure.after else ""
                     raise UserError(
@@ -151,7 +150,7 @@ class Server:
                     ) from None
                 if failures >= TRIES and self._answered > begun:
                     return Refusal(0, failure.what)
-                self._note_failure(url, failure, pause)
+                self._note_failure(url, failure, pause, since)
                 stop.wait(min(max(failure.after, pause * random.uniform(0.5, 1.0)), self.patience))
                 pause = min(2 * pause, MAX_PAUSE)
 
@@ -230,14 +229,13 @@ class Server:
         if gone is not None:
             self._say(f"{url}: answers again after {now - gone:.0f} s")
 
-    def _note_failure(self, url: str, failure: _RetryError, pause: float) -> None:
+    def _note_failure(self, url: str, failure: _RetryError, pause: float, since: float) -> None:
+        now = time.monotonic()
         with self._lock:
             if failure.after or len(self.urls) > 1:
-                wait = max(failure.after, pause if failure.counts else 0.0)
-                self._not_before[url] = max(self._not_before[url], time.monotonic() + wait)
-            silent = time.monotonic() - self._answered
-            first = self._gone_since is None and silent >= SILENCE
-            self._gone_since = self._answered if first else self._gone_since
+                self._not_before[url] = max(self._not_before[url], now + max(failure.after, pause))
+            first = self._gone_since is None and now - since >= SILENCE
+            self._gone_since = since if first else self._gone_since
         if first:
             self._say(f"{url}: {failure.what}; asking again until {self.patience:.0f} s are over")
 
@@ -251,10 +249,8 @@ class Server:
         with self._lock:
             sockets = [connection.sock for connection in self._open if connection.sock is not None]
         for end in sockets:
-            try:
+            with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                continue
 
 
 def _base(url: str) -> str:

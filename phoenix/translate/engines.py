@@ -13,10 +13,14 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import multiprocessing
 import os
 import re
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -72,9 +76,7 @@ class EngineConfig:
     engine: str = option("what translates", "vllm", choices=("vllm", "openai", "table", "identity"))
     model: str | None = option("vllm: its folder; openai: its name there; none: the one that it has", None)
     table: Path | None = option("table: file of rows with source and translation", None)
-    server: tuple[str, ...] = option(
-        "openai: address, or several that answer alike", ("http://localhost:8000",)
-    )
+    server: tuple[str, ...] = option("openai: address, or several alike", ("http://localhost:8000",))
     key_variable: str | None = option("openai: environment variable with the key; none: no key is sent", None)
     tokenizer: Path | None = option("openai: folder of the model's tokenizer; none: prompts go as text", None)
     concurrency: int = option("openai: requests at a time", 64, bounds="above 0")
@@ -83,9 +85,7 @@ class EngineConfig:
     prompt_format: str = option("ALMA's prompt as it is, or as a message", "alma", choices=("alma", "chat"))
     chat_template: str | None = option("for chat; none: the one that the tokenizer's folder states", None)
     dtype: str = option("vllm: of the weights", "bfloat16", choices=("bfloat16", "float16", "float32"))
-    max_model_len: int | None = option(
-        "vllm: tokens of prompt and reply; none: as the model", None, bounds="above 0"
-    )
+    max_model_len: int | None = option("vllm: tokens of prompt and reply", None, bounds="above 0")
     max_num_seqs: int | None = option("vllm: pieces at a time; none: vLLM's default", None, bounds="above 0")
     gpu_memory_utilization: float = option("vllm: share of a GPU", 0.9, bounds="above 0, at most 1")
     tensor_parallel_size: int = option("vllm: GPUs of a rank", 1, bounds="above 0")
@@ -143,9 +143,8 @@ class TableEngine:
             source, translation = row.get("source"), row.get("translation")
             if not isinstance(source, str) or not isinstance(translation, str):
                 found = f"found {', '.join(map(repr, row)) or 'no field'}"
-                raise UserError(
-                    f"{path}, line {line}: {found}; expected the texts 'source' and 'translation'"
-                )
+                expected = "expected the texts 'source' and 'translation'"
+                raise UserError(f"{path}, line {line}: {found}; {expected}")
             self.answers[source] = translation
         self.digest = sha256(path)
 
@@ -171,9 +170,11 @@ class VLLMEngine:
         self.config, self.language, folder = config, language, Path(config.model)
         self.prompts = Prompts(folder, language, config.prompt_format, config.chat_template)
         _claim_devices(config.tensor_parallel_size)
-        with _without_torchrun():
+        before = multiprocessing.active_children()
+        with _apart():
             self._vllm = _import_vllm()
             self._llm = _start_vllm(self._vllm, folder, config)
+        self._processes = [child for child in multiprocessing.active_children() if child not in before]
         self.max_model_len = self._llm.llm_engine.model_config.max_model_len
         self._digest = model_digest(folder)
 
@@ -187,46 +188,56 @@ class VLLMEngine:
     def translate(self, sources: Sequence[str], *, attempt: int = 0) -> list[Reply]:
         """vLLM raises, and answers nothing, if one prompt of a call is empty or as long as the context: such
         pieces are sorted out before."""
-        replies, asked = [None] * len(sources), []
-        for number, source in enumerate(sources):
-            ids, room = self.prompts.ids(source), 0
-            if isinstance(ids, Reply):
-                replies[number] = ids
-            elif (room := self.max_model_len - len(ids)) < self.prompts.size(ids):
-                replies[number] = Reply("", "too_long", len(ids))
-            else:
-                asked.append((number, ids, min(self.prompts.budget(ids), room)))
-        asked.sort(key=lambda entry: -len(entry[1]))  # the longest last would run alone
-        for (number, *_), reply in zip(asked, self._generate(asked, attempt)):
+        replies = [self.prompts.fit(source, self.max_model_len) for source in sources]
+        asked = [number for number, fitted in enumerate(replies) if not isinstance(fitted, Reply)]
+        asked.sort(key=lambda number: -len(replies[number][0]))  # a long one at the end would run alone
+        for number, reply in zip(asked, self._generate([replies[number] for number in asked], attempt)):
             replies[number] = reply
         return replies
 
     def close(self) -> None:
         self._llm.llm_engine.engine_core.shutdown()
 
-    def _generate(self, asked: list[tuple[int, list[int], int]], attempt: int) -> list[Reply]:
+    def sampling_params(self, budgets: Sequence[int], attempt: int) -> list[Any]:
+        """vLLM's SamplingParams for replies of so many tokens at most."""
+        fixed = sampling(attempt, self.language) | {"stop_token_ids": self.prompts.stop_ids}
+        loops = getattr(self._vllm.sampling_params, "RepetitionDetectionParams", None)  # not in old ones
+        fixed |= {"repetition_detection": loops(**LOOP)} if loops else {}
+        return [self._vllm.SamplingParams(max_tokens=budget, **fixed) for budget in budgets]
+
+    def _generate(self, asked: list[tuple[list[int], int]], attempt: int) -> list[Reply]:
+        """Replies to (ids of the prompt, tokens that the reply may have)."""
         if not asked:
             return []
-        fixed = sampling(attempt, self.language) | {"stop_token_ids": self.prompts.stop_ids}
-        loops = getattr(self._vllm.sampling_params, "RepetitionDetectionParams", None)
-        fixed |= {"repetition_detection": loops(**LOOP)} if loops else {}  # since vLLM 0.17
-        params = [self._vllm.SamplingParams(max_tokens=number, **fixed) for _, _, number in asked]
-        prompts = [{"prompt_token_ids": ids} for _, ids, _ in asked]
-        try:
-            outputs = self._llm.generate(prompts, params, use_tqdm=False)
-        except Exception as error:
-            if "EngineDead" not in type(error).__name__:
-                raise
-            raise UserError(
-                "vLLM's engine has died, see its last lines above; if memory ran out, set max_num_seqs or "
-                "gpu_memory_utilization lower, then start again: what is finished is kept"
-            ) from None
-        assert [output.prompt_token_ids for output in outputs] == [ids for _, ids, _ in asked]
-        ends = [output.outputs[0] for output in outputs]
-        return [
-            _reply(end.text, end.finish_reason, len(ids), len(end.token_ids))
-            for (_, ids, _), end in zip(asked, ends)
-        ]
+        params = self.sampling_params([budget for _, budget in asked], attempt)
+        prompts = [{"prompt_token_ids": ids} for ids, _ in asked]
+        outputs = self._call(prompts, params)
+        assert [output.prompt_token_ids for output in outputs] == [ids for ids, _ in asked]
+        ends = [(output.outputs[0], len(output.prompt_token_ids)) for output in outputs]
+        return [_reply(end.text, end.finish_reason, size, len(end.token_ids)) for end, size in ends]
+
+    def _call(self, prompts: list[dict[str, Any]], params: list[Any]) -> list[Any]:
+        """LLM.generate, in a thread, since it waits forever where the engine's process was killed."""
+        ends: list[Any] = []
+
+        def work() -> None:
+            try:
+                ends.append(self._llm.generate(prompts, params, use_tqdm=False))
+            except BaseException as error:
+                ends.append(error)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        while not ends and all(process.is_alive() for process in self._processes):
+            thread.join(0.5)
+        if ends and isinstance(ends[0], list):
+            return ends[0]
+        if ends and "EngineDead" not in type(ends[0]).__name__:
+            raise ends[0]
+        raise UserError(
+            "vLLM's engine has died, see its last lines above; if memory ran out, set max_num_seqs or "
+            "gpu_memory_utilization lower, then start again: what is finished is kept"
+        )
 
 
 class OpenAIEngine:
@@ -286,15 +297,11 @@ class OpenAIEngine:
             text = prompt(source, self.language)
             chats = self.config.prompt_format == "chat"
             return body | ({"messages": [{"role": "user", "content": text}]} if chats else {"prompt": text})
-        ids = self.prompts.ids(source)
-        if isinstance(ids, Reply):
-            return ids
-        room = (self._room or 2**20) - len(ids)
-        if room < self.prompts.size(ids):
-            return Reply("", "too_long", len(ids))
-        if self._is_vllm:
-            body["stop_token_ids"] = self.prompts.stop_ids
-        return body | {"prompt": ids, "max_tokens": min(self.prompts.budget(ids), room)}
+        fitted = self.prompts.fit(source, self._room or 2**20)
+        if isinstance(fitted, Reply):
+            return fitted
+        stop = {"stop_token_ids": self.prompts.stop_ids} if self._is_vllm else {}
+        return body | {"prompt": fitted[0], "max_tokens": fitted[1]} | stop
 
     def _probe(self) -> None:
         """One request before all others: a server that refuses this one would refuse each."""
@@ -315,36 +322,34 @@ class Prompts:
             raise UserError(f"{folder} states no chat template; set chat_template to one of {names}")
         ends = chat.stop_ids(self.tokenizer, self.template) if form == "chat" else [self.tokenizer.eos_id]
         self.stop_ids = [i for i in ends if i is not None]
-        self._empty = len(self._encode(""))
+        self._empty = len(self.ids(""))
 
-    def ids(self, source: str) -> list[int] | Reply:
-        """The ids of the prompt, or the empty reply if the vocabulary cannot express the piece."""
+    def fit(self, source: str, context: int) -> tuple[list[int], int] | Reply:
+        """The ids of the prompt, and how many tokens the reply may have in a context of so many.
+
+        German takes up to 1.8 times the characters (99.9 % of lines), and more tokens: three for one, and 32.
+        An empty reply if the vocabulary cannot express the piece, or if there is no room for as many again.
+        """
         try:
-            return self._encode(source)
+            ids = self.ids(source)
         except (ValueError, UserError):  # UserError: a mark of the chat template that cannot be kept apart
             return Reply("", "unencodable")
+        size, room = max(len(ids) - self._empty, 1), context - len(ids)
+        return Reply("", "too_long", len(ids)) if room < size else (ids, min(3 * size + 32, room))
 
-    def size(self, ids: list[int]) -> int:
-        """Tokens of the piece in a prompt."""
-        return max(len(ids) - self._empty, 1)
-
-    def budget(self, ids: list[int]) -> int:
-        """Tokens that a reply may have: German takes 1.8 times the characters at most, and more tokens."""
-        return 3 * self.size(ids) + 32
-
-    def settings(self) -> dict[str, Any]:
-        """What decides the ids."""
-        template = {"chat_template": chat.template_digest(self.template)} if self.form == "chat" else {}
-        text = prompt("{}", self.language)
-        return {"tokenizer": self.tokenizer.digest, "prompt": text, "prompt_format": self.form, **template}
-
-    def _encode(self, source: str) -> list[int]:
+    def ids(self, source: str) -> list[int]:
         text = prompt(source, self.language)
         if self.form == "chat":
             messages = [{"role": "user", "content": text}]
             return chat.render(messages, self.tokenizer, self.template, add_generation_prompt=True).tokens
         begin = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
         return begin + self.tokenizer.encode(text)
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the ids."""
+        template = {"chat_template": chat.template_digest(self.template)} if self.form == "chat" else {}
+        text = prompt("{}", self.language)
+        return {"tokenizer": self.tokenizer.digest, "prompt": text, "prompt_format": self.form, **template}
 
 
 def model_digest(folder: Path) -> str:
@@ -405,12 +410,16 @@ def _claim_devices(number: int) -> None:
 
 
 @contextlib.contextmanager
-def _without_torchrun() -> Iterator[None]:
-    """vLLM would take torchrun's variables for those of its own workers."""
+def _apart() -> Iterator[None]:
+    """vLLM would take torchrun's variables for those of its own workers.  And its processes, which inherit
+    what is blocked, must not end at a Ctrl-C or SIGTERM that reaches all: the batch in flight is to end."""
     kept = {name: os.environ.pop(name) for name in list(os.environ) if TORCHRUN.match(name)}
+    resource_tracker.ensure_running()  # it unblocks them when the first process starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.environ.update(kept)
 
 

@@ -484,8 +484,14 @@ class TestPrompts:
             Prompts(sp_tokenizer_folder, GERMAN, "chat", None)
         assert Prompts(sp_tokenizer_folder, GERMAN, "chat", "llama2").template == "llama2"
 
-    def test_a_character_outside_the_vocabulary(self, bpe_tokenizer_folder):
-        assert Prompts(bpe_tokenizer_folder, GERMAN, "alma", None).ids("a \ud800") == Reply("", "unencodable")
+    def test_what_does_not_fit_says_why(self, bpe_tokenizer_folder):
+        prompts = Prompts(bpe_tokenizer_folder, GERMAN, "alma", None)
+        assert prompts.fit("a \ud800", 10**6) == Reply("", "unencodable")
+        ids, budget = prompts.fit("a b c", 10**6)
+        size = len(ids) - len(prompts.ids(""))
+        assert ids == prompts.ids("a b c") and budget == 3 * size + 32
+        assert prompts.fit("a b c", len(ids) + size) == (ids, size)
+        assert prompts.fit("a b c", len(ids) + size - 1) == Reply("", "too_long", len(ids))
 
     def test_a_server_gets_ids_where_the_tokenizer_is_at_hand(self, bpe_tokenizer_folder):
         prompts = Prompts(bpe_tokenizer_folder, GERMAN, "alma", None)
@@ -522,7 +528,7 @@ class TestDevices:
         with pytest.raises(UserError, match=r"4 ranks .* need 4 GPUs, but CUDA_VISIBLE_DEVICES lists 2"):
             engines._claim_devices(1)
 
-    def test_without_torchrun_nothing_changes(self, monkeypatch):
+    def test_apart_nothing_changes(self, monkeypatch):
         monkeypatch.delenv("LOCAL_RANK", raising=False)
         before = dict(os.environ)
         engines._claim_devices(2)
@@ -538,7 +544,7 @@ class TestDevices:
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("PAGERANK", "kept")
         before = dict(os.environ)
-        with engines._without_torchrun():
+        with engines._apart():
             assert not theirs.keys() & os.environ.keys() and os.environ["PAGERANK"] == "kept"
         assert dict(os.environ) == before
 
