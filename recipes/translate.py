@@ -25,7 +25,7 @@ from tqdm import tqdm
 from phoenix.config import check_bounds, option, run_recipe
 from phoenix.data.reading import read_rows
 from phoenix.files import UserError, atomic_write, describe_file, json_digest, read_json, sha256, write_json
-from phoenix.translate import checks, fields, pipeline
+from phoenix.translate import checks, pipeline
 from phoenix.translate.assembly import Assembler, References, Translations, read_corrections
 from phoenix.translate.claims import Claims
 from phoenix.translate.engines import EngineConfig, open_engine
@@ -279,9 +279,9 @@ def taken_apart(
     rows = ((path, *row) for path in config.files for row in read_rows(path, config.errors))
     for path, line, row in tqdm(rows, desc=doing, unit=" rows", disable=None if is_first() else True):
         stop.check()
-        where, task = f"{path}, line {line}", fields.untranslatable(row)
-        is_kept = task is not None and config.tasks != "translate"
-        yield where, row, task, {} if is_kept else pipeline.take_apart(row, where, config.max_chars)
+        where = f"{path}, line {line}"
+        task, parts = pipeline.take_apart(row, where, config.max_chars)
+        yield where, row, task, parts if task is None or config.tasks == "translate" else {}
 
 
 def merge_digest(config: TranslateConfig) -> str:

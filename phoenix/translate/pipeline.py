@@ -45,6 +45,7 @@ from phoenix.translate.engines import Engine
 from phoenix.translate.language import Language
 from phoenix.translate.segments import MARK, Piece, join, smaller, split
 
+ENCODER = json.JSONEncoder(ensure_ascii=False, default=str)  # made once; str: of dates in parquet files
 BUCKETS = 64  # files open at once while segments are collected
 Parts = dict[tuple, list[str | Piece]]  # path of a text in its row -> the text, taken apart
 
@@ -121,12 +122,17 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 # 1. Rows -> unique segments.
 
 
-def take_apart(row: dict[str, Any], where: str, max_chars: int) -> Parts:
-    """Every text of a row, cut into pieces.  where: file and line, for the UserError if it has no text."""
+def take_apart(row: dict[str, Any], where: str, max_chars: int) -> tuple[str | None, Parts]:
+    """The task of a row that translation destroys, if it has one, and its texts, cut into pieces.
+
+    where: file and line, for the UserError if the row has no text.
+    """
     if "translation" in row:
         raise UserError(f"{where}: has a field 'translation' already, where the record goes; rename it")
     try:
-        return {path: split(fields.get(row, path), max_chars=max_chars) for path in fields.text_fields(row)}
+        texts = {path: fields.get(row, path) for path in fields.text_fields(row)}
+        parts = {path: split(text, max_chars=max_chars) for path, text in texts.items()}
+        return fields.untranslatable(row), parts
     except ValueError as error:
         raise UserError(f"{where}: {error}; convert or remove the row") from None
 
@@ -231,12 +237,17 @@ class Shards:
         self.manifest = read_json(path, "manifest of the segments")
         if self.manifest.get("digest") != json_digest(self.manifest):
             raise _damaged(path)
+        with writing(self.folder):
+            for name in ("journal", "done"):
+                (self.folder / name).mkdir(exist_ok=True)
+            sync_folder(self.folder)
+            sync_folder(self.folder.parent)
         self.sizes: list[int] = self.manifest["shards"]
         self.counts = {name: n for name, n in self.manifest.items() if name not in ("shards", "digest")}
 
     def open_ones(self) -> list[int]:
         """Numbers of the shards that are not done."""
-        done = set(os.listdir(self.folder / "done")) if (self.folder / "done").exists() else ()
+        done = set(os.listdir(self.folder / "done"))
         return [number for number in range(len(self.sizes)) if self._done(number).name not in done]
 
     def sources(self, number: int) -> list[str]:
@@ -283,7 +294,6 @@ class Shards:
         if None not in records.values():
             return records
         with writing(self._done(number)):
-            (self.folder / "journal").mkdir(exist_ok=True)
             os.replace(self._done(number), self._new_journal(number))
         return {}
 
@@ -317,12 +327,11 @@ class Journal:
     def add(self, records: Mapping[str, Record]) -> None:
         with writing(self.path):
             if not self.file:
-                self.path.parent.mkdir(exist_ok=True)
-                self.file = open(self.path, "xb")  # noqa: SIM115
+                self.file = open(self.path, "xb", buffering=0)  # noqa: SIM115
                 sync_folder(self.path.parent)
-                sync_folder(self.path.parent.parent)
-            self.file.writelines(record_line(source, record) for source, record in records.items())
-            self.file.flush()
+            lines = b"".join(itertools.starmap(record_line, records.items()))
+            while lines:
+                lines = lines[self.file.write(lines) :]
             os.fsync(self.file.fileno())
 
 
@@ -407,9 +416,9 @@ def identify(source: str) -> bytes:
 def to_json(value: Any) -> bytes:
     """In UTF-8; half of a surrogate pair, which UTF-8 cannot express, as an escape."""
     try:
-        return json.dumps(value, ensure_ascii=False).encode()
+        return ENCODER.encode(value).encode()
     except UnicodeEncodeError:
-        return json.dumps(value).encode()
+        return json.dumps(value, default=str).encode()
 
 
 def to_line(value: dict[str, Any]) -> bytes:

@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 
 import torch
 import torch._dynamo  # seconds, on the first call of an operator of our own
+import translate
 from inputs import dpo, prepare, sft
 from stages import SaveConfig, save
 
@@ -23,6 +24,7 @@ RECIPES = {
     "prepare": (prepare.main, prepare.PrepareConfig),
     "sft": (sft.main, sft.SFTConfig),
     "dpo": (dpo.main, dpo.DPOConfig),
+    "translate": (translate.main, translate.TranslateConfig),
     "save": (save, SaveConfig),
 }
 
