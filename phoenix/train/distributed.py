@@ -107,6 +107,7 @@ def start_world(dp_replicate: int = 1) -> Iterator[World]:
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     world = World(rank, world_size, dp_replicate=dp_replicate)
+    free_memory()  # of a run before this one
     keep_freed_memory()
     if torch.cuda.is_available():
         processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
@@ -141,18 +142,24 @@ def keep_freed_memory() -> None:
     By default each large tensor is mapped anew and its pages are zeroed when they are first touched: 80,000
     page faults in a step of 2,048 tokens (55M parameters, fp32), and 10 % of its time.
     """
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+    if _has_glibc():
         mallopt = ctypes.CDLL(None).mallopt
         m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
         mallopt(m_trim_threshold, -1)  # never give the end of the heap back
         mallopt(m_mmap_max, 0)  # take everything from the heap
 
 
+def _has_glibc() -> bool:
+    return sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
+
+
 def free_memory() -> None:
-    """Give back what no name holds any more: sharded models are cycles, and a GPU's cache keeps them."""
+    """Give back what no name holds any more: sharded models are cycles, caches and the heap keep them."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    if _has_glibc():
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
