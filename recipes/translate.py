@@ -131,10 +131,9 @@ def collect(config: TranslateConfig, run: Row, claims: Claims, stop: Stop) -> Sh
             pipeline.collect(config.output, taken_apart(config, "collect", stop), config.shard_size)
         claims.give_up()
     pipeline.compare(path, run)
-    if (
-        config.model and (config.output / "engine.json").exists()
-    ):  # also where all is done, and no engine opened
-        pipeline.compare(config.output / "engine.json", {"label": {"model": model_name(config)}})
+    agreed = config.output / "engine.json"
+    if config.model and agreed.exists():  # also where all is done, and no engine is opened
+        pipeline.compare(agreed, {"label": {"model": model_name(config)}})
     return Shards(config.output)
 
 
@@ -148,9 +147,8 @@ def translate(
     with contextlib.ExitStack() as stack:
         engine = stack.enter_context(contextlib.closing(open_engine(config, language)))
         agree(config, engine.settings(), claims, stop)
-        bar = stack.enter_context(
-            contextlib.closing(Progress(shards.manifest, config.prices, show=is_first()))
-        )
+        progress = Progress(shards.manifest, config.prices, show=is_first())
+        bar = stack.enter_context(contextlib.closing(progress))
         translator = Translator(engine, language, config.max_attempts)
         worker = Worker(shards, translator, claims, stop, config.batch_size, bar.add)
         while open_ones := shards.open_ones():
@@ -213,9 +211,8 @@ def show_sample(config: TranslateConfig, shards: Shards, sampled: dict[str, Reco
     for source, text, flags in shown:
         print(f"- {plain(source)}\n  {plain(text)}", *(f"[{flag}]" for flag in flags))
     hours = ledger.seconds * total / max(ledger.characters, 1) / 3600
-    print(
-        f"\nestimate for all {shards.manifest['unique']:,} segments ({total:,} characters), from this sample:"
-    )
+    unique = shards.manifest["unique"]
+    print(f"\nestimate for all {unique:,} segments ({total:,} characters), from this sample:")
     print(f"at most {hours:.3g} h of one process, since larger batches run faster\n")
     print(table(summary) + f"\nwrote {path}; the same command without sample= goes on")
     return path
@@ -261,11 +258,8 @@ def agree(config: TranslateConfig, settings: Row, claims: Claims, stop: Stop) ->
 def read_label(config: TranslateConfig) -> Row:
     """What made the translations, as the processes agreed; none did if there was nothing to translate."""
     path = config.output / "engine.json"
-    return (
-        read_json(path)["label"]
-        if path.exists()
-        else {"engine": config.engine, "model": None, "prompt": None}
-    )
+    nobody = {"engine": config.engine, "model": None, "prompt": None}
+    return read_json(path)["label"] if path.exists() else nobody
 
 
 def model_name(config: TranslateConfig) -> str | None:

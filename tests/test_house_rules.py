@@ -192,7 +192,7 @@ def test_a_fresh_process_loads_what_it_needs():
 
 def test_budget_of_the_package_and_of_the_recipes():
     size = {path: len(code_lines(path.read_text())) for path in FILES}
-    assert sum(size[path] for path in PACKAGE) <= 6300
+    assert sum(size[path] for path in PACKAGE) <= 7000
     assert sum(size[path] for path in RECIPES) <= 1600
 
 
