@@ -138,7 +138,7 @@ SPAN = re.compile(
   | (?P<indented> (?:\A|(?<=\n\n)|(?<=\n\r\n)) (?:[ ]{{4}}|\t)[^\n]++ (?:\n(?:[ ]{{4}}|\t)[^\n]*+)*+ )
   | (?=[^\w\s.,;!?'"-]) (?:
         (?P<run> `++ )
-      | (?P<environment> \\begin\{{[A-Za-z]{{1,40}}\*?\}} )
+      | (?P<latex> \\begin\{{[A-Za-z]{{1,40}}\*?\}} )
       | (?P<math> \$\$(?:[^$\\\n]++|\\[^\n]?+|\n(?![ \t\r]*+\n))*+\$\$
           | (?<![\\$\w])\$(?![\s$])(?:[^$\\\n]++|\\[^\n])*+(?<!\s)\$(?![\dA-Z_$]) )
       | \\\[(?:[^\\\n]++|\\(?![\[\]])|\n(?![ \t\r]*+\n))*+\\\]
@@ -153,15 +153,15 @@ SPAN = re.compile(
       | (?<![\w.@/])@\w{{2,50}}+                                               # a user's name
       | {MARK.pattern}
       | \{{\{{[^{{}}\n]*+\}}\}} | \{{%[^%{{}}\n]*+%\}} | \$?\{{\w[\w.:!,\[\]-]{{0,60}}+\}} | \{{\}}
-      | \$[A-Z_]{{2,40}}+ | %\(\w{{1,60}}+\)[a-z] | %{FORMAT} | %[A-Z_]{{2,40}}+%
+      | \{{'[^{{}}\n]*+\}} | \$[A-Z_]{{2,40}}+ | %\(\w{{1,60}}+\)[a-z] | %{FORMAT} | %[A-Z_]{{2,40}}+%
       | \#[A-Z][A-Z0-9_]{{0,60}}+\# | (?<![\w:]):[a-z0-9_+-]{{2,40}}+:(?![\w:])
       | (?<=\])\((?:[^()\s]++|\([^()\s]*+\))*+(?:[ ]"[^"\n]*+")?+\)              # a link's target
       | (?<=\])\[[^\[\]\n]{{1,80}}+\] | \[\^[^\[\]\s]{{1,50}}+\]
       | (?P<json> [\[{{]\s*+["\[{{] )
       | (?:{EMOJI}{EMOJI_TAIL}*+)++ )
+  | (?P<url> (?<![A-Za-z0-9])(?:(?:https?|ftps?|file|wss?|git|ssh)://|www\.){ADDRESS}++ )
   | (?<![\w.+@/-]) (?:
-        (?P<url> (?:(?:https?|ftps?|file|wss?|git|ssh)://|www\.){ADDRESS}++ )
-      | (?:mailto:)?[\w.+-]++@[\w-]++(?:\.[\w-]++)++
+        (?:mailto:)?[\w.+-]++@[\w-]++(?:\.[\w-]++)++
       | (?P<domain> (?:[A-Za-z0-9-]++\.)+(?:{DOMAINS})\b(?![\w@-]|\.\w)(?:/{ADDRESS}*+)?+ )
       | [0-9]\ufe0f?\u20e3 )
     """,
@@ -171,9 +171,11 @@ CLOSERS = re.compile(r"`+|\\end\{[A-Za-z]{1,40}\*?\}")
 INFO_STRING = re.compile(r"[\w+#.-]{0,40}[ \t\r]*\n")
 PROSE = re.compile(r"[^\W\d_]{2,}[,;]? +[^\W\d_]{2,}")
 CODE = re.compile(
-    r"\s*(?:def|class|import|from|return|for|while|if|else|elif|try|except|print|var|let|const|function|public|"
-    r"private|static|void|int|SELECT|INSERT|FROM|WHERE|sudo|pip|npm|git|cd|echo|export)\b.*[\w:;(){}\"']|"
-    r"\s*(?:[$#>@]|//|/\*|>>>)\s?\S|.*(?:[;{}]|\):|\w\([^)]*\))\s*\Z|.*[^=<>!]=[^=]"
+    r"\s*(?:def|class|from|return|for|while|if|else|elif|try|except|var|let|const|function|public|private"
+    r"|static|void|int|package|using)\b(?:.*(?:[(){}\[\];=<>]| [-+*/%] |\bimport\b)|.*:\s*\Z)"
+    r"|\s*import [\w.]+(?: as \w+)?;?\s*\Z|\s*return \w+\s*\Z|\s*\w{1,20};\s*\Z"
+    r"|\s*(?:SELECT|INSERT INTO|UPDATE|DELETE FROM|CREATE TABLE|WHERE|ORDER BY|sudo|pip|npm|git) \S"
+    r"|\s*(?:\$ |# |#!|#include|@\w|//|/\*|>>> )|.*(?:[{}]|\):|[)\]\"'];|\w\([^)]*\))\s*\Z|.*[^=<>!]=[^=]"
 )
 LOOSE = re.compile(rf"(?P<tag></?(?!(?:{CODE_TAGS})\b)[A-Za-z])|(?P<emoji>{EMOJI})")
 JSON_TRIES = 20  # each may read to the end of the text before it fails
@@ -190,7 +192,7 @@ def _protected(text: str) -> Iterator[tuple[int, int]]:
         position = start + 1
         if kind == "run":
             position, end = end, _code_end(text, match, closers)
-        elif kind == "environment":
+        elif kind == "latex":
             closer = match[0].replace("begin", "end", 1)
             found = _after(closers.get(closer, []), end)
             end = found + len(closer) if found else end
@@ -254,7 +256,7 @@ def _merged(found: Iterator[tuple[int, int]], text: str) -> Iterator[tuple[int, 
     last, last_kind = None, None
     for start, end in found:
         kind = "block" if "\n" in text[start:end] else _looseness(text, start)
-        if last and kind == last_kind != "block" and not text[last[1] : start].strip(" "):
+        if last and kind == last_kind and not text[last[1] : start].strip(" "):
             last = (last[0], end)
             continue
         if last:
@@ -275,7 +277,7 @@ CELL = re.compile(rf"([{CONTROL}]+| {{3,}}|(?<!\\)\|)")
 TABLE_RULE = re.compile(r"[ \t>]*+\|?[ \t]*+:?-++:?[ \t]*+(?:\|[ \t]*+:?-++:?[ \t]*+)*+\|?[ \t\r]*+")
 LEFT_EDGE = re.compile(rf"[\s{INVISIBLE}]*+")
 RIGHT_EDGE = re.compile(rf"{MARK.pattern}\Z")
-EMPHASIS = re.compile(r"(\*{1,3}|_{1,3})[^*_]+\1")
+EMPHASIS = re.compile(r"(\*{1,3}|_{1,3})(?!\s)[^*_]+(?<!\s)\1")
 LETTER = re.compile(r"[^\W\d_]")
 
 
@@ -330,7 +332,7 @@ def _piece(chunk: str, spans: Sequence[str]) -> str | Piece:
 
 
 def _edges(source: str, spans: Sequence[str]) -> tuple[int, int]:
-    """Where the text begins and ends that is not blank, emoji, or a tag which leaves no other tag inside."""
+    """Where text with a letter begins and ends: not with blanks, emoji, or tags that leave no tag inside."""
     begin, end = LEFT_EDGE.match(source).end(), len(source.rstrip())
     first, last = MARK.match(source, begin), RIGHT_EDGE.search(source, max(begin, end - 13), end)
     kinds = [_looseness(spans[int(number) - 1]) for number in MARK.findall(source)] if spans else []
@@ -338,9 +340,8 @@ def _edges(source: str, spans: Sequence[str]) -> tuple[int, int]:
     outside = {"emoji", "tag"} if kinds.count("tag") <= len(edges) else {"emoji"}
     if first and kinds[0] in outside:
         begin = LEFT_EDGE.match(source, first.end()).end()
-    if last and kinds[-1] in outside and last.start() >= begin:
+    if last and kinds[-1] in outside:
         end = len(source[: last.start()].rstrip())
-    end = max(begin, end)
     if emphasis := EMPHASIS.fullmatch(source, begin, end):
         begin, end = begin + len(emphasis[1]), end - len(emphasis[1])
     return begin, end
@@ -364,14 +365,14 @@ def _boundaries(text: str) -> Iterator[tuple[int, int, int]]:
     for match in BOUNDARY.finditer(text):
         start, end = match.span()
         word = text[max(0, start - 40) : start].rpartition(" ")[2].rstrip(CLOSING)
-        if start == end or _ends_sentence(word, text[end : end + 1]):
+        if _ends_sentence(word, text[end : end + 1]):
             yield start, end, SENTENCE
         else:
             yield start, end, CLAUSE if word.endswith((",", ";", ":", "–", "—")) else SPACE
 
 
 def _ends_sentence(word: str, following: str) -> bool:
-    if not word.endswith((".", "!", "?", "…", ".", "؟", "。")) or following.islower():
+    if not word.endswith((*".!?…؟。！？",)) or following.islower():
         return False
     stem = word[:-1].lstrip(OPENING)
     return not (word.endswith(".") and (stem.lower() in ABBREVIATIONS or SHORT_FORM.fullmatch(stem)))

@@ -35,6 +35,14 @@ BLOCKS = [
     "In the shell:\n\n⟦\t$ make all\n\t$ ./run --fast\n⟧\nBoth are quick.",
     "A quoted letter:\n\n    Dear friend of the house\n    we write to you in peace\n\n"
     "That was prose, though indented.",
+    "- An item with code of its own:\n\n⟦        result = call(1)\n        return result⟧\n\n"
+    "  and a second paragraph of it\n- next item",
+    "A letter, indented:\n\n    for many years we lived in peace\n    if you come home, call me\n"
+    "    let me tell you more;\n    from time to time I return\n",
+    "Java, indented:\n\n⟦    public static void main(String[] args) {\n        int x = 1;\n    }⟧\n\n"
+    "That is all.",
+    "SQL, indented:\n\n⟦    SELECT name FROM users\n    WHERE age > 3\n    ORDER BY name⟧\n\nThat is all.",
+    "⟦    import os\n    return x⟧\n\nThe code came first.",
     # addresses
     "Read ⟦https://example.org/a/b?c=d&e=f#top⟧ before you start.",
     "See (⟦https://en.wikipedia.org/wiki/Mercury_(planet)⟧) for the planet.",
@@ -47,6 +55,7 @@ BLOCKS = [
     "As [the first study]⟦[study1]⟧ says, sleep helps.\n\n⟦[study1]: https://example.org/study⟧",
     "Visit <⟦https://example.com/auto⟧> or ask ⟦@jane_doe⟧ for help.",
     "Sleep matters⟦[^1]⟧ for all of us.",
+    "请访问⟦https://example.com/zh⟧。谢谢，再见。",
     # LaTeX
     "The area is ⟦$A = \\pi r^2$⟧ for a circle of radius ⟦$r$⟧.",
     "In display form:\n\n⟦$$\n\\int_0^1 x^2 \\, dx = \\frac{1}{3}\n$$⟧\n\nas we wanted to show.",
@@ -112,9 +121,11 @@ BLOCKS = [
     "A line break is ⟦\\n⟧ and a tab ⟦\\t⟧ in C. My folder is C:⟦\\Users\\jane⟧ here.",
     # JSON
     "⟦{\"a\": 1, \"b\": [true, null, \"text\"]}⟧",
+    "⟦[true, false, null]⟧",
     "The reply was ⟦{\"error\": \"not found\", \"details\": {\"id\": 7, \"why\": {\"x\": [1]}}}⟧ again.",
     "It returns:\n⟦{\n  \"status\": \"ok\",\n  \"items\": [\n    {\"id\": 1}\n  ]\n}⟧\nand closes.",
     "Choose from ⟦[\"red\", \"green\", \"blue\"]⟧ or (nothing) or [your own colour].",
+    "In Python it prints ⟦{'name': 'Ada', 'age': 36}⟧ in one line.",
     # marks of our own
     "A text with ⟦[[1]]⟧ and ⟦[[2]]⟧ and ⟦`code`⟧ and ⟦[[1]]⟧ again.",
     "Brackets [[ ]], [[x]], [1], [[ 1 ]] are text.",
@@ -151,7 +162,7 @@ def letters_changed(text: str) -> str:
 def text_of(number: int, count: int) -> str:
     """`count` blocks from number on, apart by blank lines; every third text has CRLF throughout."""
     blocks = [BLOCKS[(number + 37 * i) % len(BLOCKS)] for i in range(count)]
-    whole = [block for block in blocks if count == 1 or not block.startswith("⟦{")]
+    whole = [block for block in blocks if count == 1 or not block.startswith(("⟦{", "⟦[t"))]
     text = ("\n\n" if number % 2 else "\n\n\n").join(whole)
     return text.replace("\n", "\r\n") if number % 3 == 2 else text
 

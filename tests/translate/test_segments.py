@@ -12,9 +12,9 @@ from phoenix.translate.fields import get, text_fields, with_texts
 from phoenix.translate.segments import MARK, Piece, join, mark, smaller, split
 
 ANY_TEXT = st.text(st.characters(exclude_categories=()))  # halves of surrogate pairs too
-SNIPPETS = """` `` ``` ~~~ $ $$ \\( \\) \\[ \\] \\begin{a} \\end{a} \\frac{1} < > <b> </b> <pre> </pre> <!-- --> [
-    ] ( ) { } {x} {"a":1} [[ ]] [[1]] [[2]] %s & &amp; @ a@b.de http://x.y www. a.com | |-|-| - * ** 1. a) #
-    > 😀 ❤️ 7️⃣ . ! ? e.g. Dr. word Word שלום 。 _ " ' : , Human: \\n [^1] ](x) A B""".split()
+SNIPPETS = """` `` ``` ~~~ $ $$ \\( \\) \\[ \\] \\begin{a} \\end{a} \\frac{1} < > <b> </b> <pre> </pre>
+    <!-- --> [ ] ( ) { } {x} {"a":1} [[ ]] [[1]] [[2]] %s & &amp; @ a@b.de http://x.y www. a.com | |-|-| -
+    * ** 1. a) # > 😀 ❤️ 7️⃣ . ! ? e.g. Dr. word Word שלום 。 _ " ' : , Human: \\n [^1] ](x) A B""".split()
 BLANKS = [" ", "  ", "   ", "    ", "\n", "\n\n", "\r\n", "\r", "\t"]
 ODD = ["\x85", "\u2028", "\u200f", "\0", "\ud800"]
 TEXT_WITH_STRUCTURE = st.lists(st.sampled_from(SNIPPETS + BLANKS + ODD), max_size=40).map("".join)
@@ -36,7 +36,8 @@ def change_letters(source: str) -> str:
 
 
 @given(ANY_TEXT | TEXT_WITH_STRUCTURE, st.sampled_from([1, 2, 7, 30, 600]))
-@example("[[1]] `a` [[[1]]] [[2`b`]] [[`c`]] [[0]] [[99999999999]]", 600)
+@example("[[1]] `a` [[[1]]] [[2`b`]] [[`c`]] [[0]] [[99999999999]] [[01]]", 600)
+@example("** a **\n\n__ b c__", 600)
 @example("a\r\n\n  b\x85c\u2028d\ud800\udc00e \n", 600)
 def test_any_text_comes_back_and_pieces_are_what_they_promise(text, max_chars):
     parts = split(text, max_chars=max_chars)
@@ -83,6 +84,54 @@ def test_200_rows_keep_structure_and_protected_spans():
         assert with_texts(row, changed) == expected
 
 
+@pytest.mark.parametrize(
+    ("text", "sources"),
+    [
+        ("# Head\n- [x] item\n  1. deep\n> said\n\n", ["Head", "item", "deep", "said"]),
+        ("| A b | C |\n|---|:-:|\n| d \\| e | |\nf | g\n\nh | i", ["A b", "C", "d \\| e", "f", "g", "h | i"]),
+        ("A | B\n- | -\nc | d", ["A", "B", "c", "d"]),
+        ("a | b\nc | d", ["a | b", "c | d"]),
+        ("| a | b |", ["a", "b"]),
+        ("a\tb  c   d", ["a", "b  c", "d"]),
+        ("<p>All of it</p>", ["All of it"]),
+        ("<p>A <b>part</b></p>", ["[[1]]A [[2]]part[[3]]"]),
+        ("<br>One tag", ["One tag"]),
+        ("One <br> tag", ["One [[1]] tag"]),
+        ("🎉 Ready 🎉 set 🎉", ["Ready [[1]] set"]),
+        ("🎉 <b>Ready</b> 🎉", ["[[1]]Ready[[2]]"]),
+        ("`x` is `y`", ["[[1]] is [[2]]"]),
+        ("**Bold** and **more**", ["**Bold** and **more**"]),
+        ("**Bold**\n_so_\n***both***\n* item *", ["Bold", "so", "both", "item *"]),
+        ("\u200fWord\u200f", ["Word\u200f"]),
+        ("12.5 %, 3 + 4 = 7!", []),
+        ("See www.a.com, or b@c.de.", ["See [[1]], or [[2]]."]),
+        ("It is `a` `b` c", ["It is [[1]] c"]),
+    ],
+)
+def test_pieces_are_without_structure(text, sources):
+    assert [piece.source for piece in pieces(split(text))] == sources
+
+
+@pytest.mark.parametrize(
+    ("text", "span"),
+    [
+        ("at https://a.b/c.d, then", "https://a.b/c.d"),
+        ("at https://a.b/c_(d)? Yes", "https://a.b/c_(d)"),
+        ("(at https://a.b/c)", "https://a.b/c"),
+        ("at a.com/x. Then", "a.com/x"),
+        ("by a.b+c@d-e.co.uk.", "a.b+c@d-e.co.uk"),
+        ("with ``a ` b`` in", "``a ` b``"),
+        ("so $a$, yes", "$a$"),
+        ("a {name}, here", "{name}"),
+        ("a %5.2f%% here", "%5.2f"),
+        ("a 👨‍👩‍👧‍👦 family", "👨‍👩‍👧‍👦"),
+        ("tag <a href='x'> here", "<a href='x'>"),
+    ],
+)
+def test_a_span_ends_where_it_ends(text, span):
+    assert [piece.spans for piece in pieces(split(text))] == [(span,)]
+
+
 def test_one_source_is_one_translation_whatever_its_spans():
     first, second = split("Open `a` now."), split("- Open https://b.example now.")
     assert pieces(first)[0].source == pieces(second)[0].source == "Open [[1]] now."
@@ -115,6 +164,9 @@ def test_marks_have_no_letter():
         ("Obst, z. B. Äpfel, ist gut. Ja.", 29, ["Obst, z. B. Äpfel, ist gut.", "Ja."]),
         ("Fruit, e.g. Apples and U.S. Plums.", 24, ["Fruit,", "e.g. Apples and U.S.", "Plums."]),
         ('He said no! and left. "So." They ate.', 28, ['He said no! and left. "So."', "They ate."]),
+        ("He said no! and left home", 15, ["He said no! and", "left home"]),
+        ("He said no! And left home", 15, ["He said no!", "And left home"]),
+        ("你好！你好？", 4, ["你好！", "你好？"]),
         ("first clause, second clause and more", 24, ["first clause,", "second clause and more"]),
         ("no boundary but blanks here", 12, ["no boundary", "but blanks", "here"]),
         ("a " + "b" * 20 + " c", 5, ["a", "b" * 20, "c"]),
@@ -149,11 +201,12 @@ def test_a_limit_below_one_is_refused():
         split("a", max_chars=0)
 
 
-SHORT_LOOPS = """` `_`` $a_ $ $$a_ \\( \\[ \\[¶ \\begin{a} \\begin{a}\\end{b} \\a{ \\a[ <a <pre> <pre><code> <!-- <|
-    http:// http://a) ( [ [[ [[1 [[1]] [^a ]( ](a ]([[
-    { {{ {a {"a": {" [1,¶ %0 & @ a@ a@b. a@b.c@ a. a- .
+# _ is a blank, ¶ a line feed, → a tab, ← a carriage return
+SHORT_LOOPS = """` `_`` $a_ $ $$a_ \\( \\[ \\[¶ \\begin{a} \\begin{a}\\end{b} \\a{ \\a[ <a <pre>
+    <pre><code> <!-- <| http:// http://a) ( [ [[ [[1 [[1]] [^a ]( ](a ]([[ { {{ {a {"a": {" {'a [1,¶
+    %0 & @ a@ a@b. a@b.c@ a. a- .
     ... _ a __a : :a 😀 😀_`a`_ * **a - = > >_ 1._ # #A ¶ ¶¶ ¶¶____a ____a¶ ```¶ ~~~¶ ~~~¶```¶ |-|¶ |a |a¶
-    a¶|-|¶ Human:_ A._a 你。 a→ → \u200f \ud800 ← \x00""".split()  # _ a blank, ¶ a line feed, → a tab, ← CR
+    a¶|-|¶ Human:_ A._a 你。 a→ → \u200f \ud800 ← \x00""".split()
 
 
 @pytest.mark.parametrize("loop", SHORT_LOOPS)
