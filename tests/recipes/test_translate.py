@@ -1,6 +1,7 @@
 """translate as people run it: rows in a file -> rows in another language, what is counted, and mistakes."""
 
 import dataclasses
+import gzip
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import pytest
 
 from phoenix.config import load_config
 from phoenix.files import UserError
+from phoenix.translate.segments import Piece, split
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "recipes"))
@@ -248,3 +250,29 @@ def test_a_mistake_at_the_terminal_is_a_line_and_exit_code_2(tmp_path):
         done = subprocess.run([*command, argument], cwd=ROOT, capture_output=True, text=True, env=os.environ)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and argument.split("=")[0] in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif("PHOENIX_ASSETS" not in os.environ, reason="PHOENIX_ASSETS names no folder")
+def test_alma_s_lines_go_through_the_whole_with_the_scores_of_sacrebleu(configure, tmp_path):
+    """WMT22 en-de: what ALMA-13B answered is what is written, but for the lines that the checks reject."""
+    with gzip.open(
+        Path(os.environ["PHOENIX_ASSETS"]) / "wmt22_en_de.jsonl.gz", "rt", encoding="utf-8"
+    ) as file:
+        lines = [json.loads(line) for line in file]
+    plain = {
+        line["source"]: line
+        for line in lines
+        if split(line["source"], max_chars=2000) == [Piece(line["source"])]
+    }
+    answers = {source: line["alma_13b_lora"] for source, line in plain.items()}
+    rows = [{"text": source, "reference": line["reference"]} for source, line in plain.items()]
+    path = translate.main(configure(rows, answers, references="reference", max_chars=2000, tasks="translate"))
+    found = [row["text"] for row in read(path)]
+    kept = [row["translation"]["kept_in_source"] for row in read(path)]
+    assert found == [source if kept else answers[source] for source, kept in zip(plain, kept)]
+    assert len(plain) > 800 and sum(kept) < 0.02 * len(plain)
+    metrics = pytest.importorskip("sacrebleu.metrics")
+    scores = json.loads((path.parent / "ledger.json").read_text())["scores"]
+    for name, metric in (("chrf", metrics.CHRF()), ("bleu", metrics.BLEU())):
+        assert scores[name] == metric.corpus_score(found, [[row["reference"] for row in rows]]).score
+        assert scores[f"{name}_signature"] == str(metric.get_signature())

@@ -1,6 +1,4 @@
-"""recipes/translate.py with an engine that is slow, deterministic and keeps a log: a line a segment and attempt.
-
-    python logged_run.py LOG SECONDS key=value ...      SECONDS: that a batch takes
+"""recipes/translate.py with an engine that is slow, deterministic and logs each segment and attempt.
 
 It translates the sentences of `pair`; of every seventh the first reply is empty, of every 31st each one.
 """
@@ -49,8 +47,9 @@ class LoggedEngine:
         os.close(self.log)
 
 
-if __name__ == "__main__":
-    log, seconds, *arguments = sys.argv[1:]
+def run(log: str, seconds: float, arguments: list[str], output: str) -> None:
+    """What a process does; seconds: that a batch takes; output: file of what it says."""
+    sys.stdout = sys.stderr = open(output, "a", buffering=1)  # noqa: SIM115
     sys.argv = ["translate.py", *arguments]
-    translate.open_engine = lambda config, language: LoggedEngine(log, float(seconds))
+    translate.open_engine = lambda config, language: LoggedEngine(log, seconds)
     run_recipe(translate.main, translate.TranslateConfig, translate.QUICKSTART)

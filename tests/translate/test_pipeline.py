@@ -1,9 +1,9 @@
 """Processes that come, are killed and go on in one folder: the same rows, and a batch asked again at most."""
 
 import json
+import multiprocessing
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -20,8 +20,11 @@ from phoenix.translate.pipeline import Record, identify, read_lines, record_line
 
 RUN = Path(__file__).parent / "logged_run.py"
 sys.path.insert(0, str(RUN.parent))
+import logged_run  # noqa: E402
 from logged_run import pair  # noqa: E402
 
+CONTEXT = multiprocessing.get_context("forkserver")  # a child starts in milliseconds: all is imported there
+CONTEXT.set_forkserver_preload(["logged_run"])
 ROWS, SHARD, BATCH = 150, 40, 8
 
 
@@ -50,27 +53,30 @@ class Runs:
     """Processes on one folder; asked: how often the engines were asked each segment and attempt."""
 
     def __init__(self, folder: Path, rows: Path, seconds: float = 0.0) -> None:
-        self.folder, self.rows, self.seconds, self.log = folder / "out", rows, seconds, folder / "log"
+        self.folder, self.rows, self.seconds = folder / "out", rows, seconds
+        self.log, self.said = folder / "log", folder / "said"
 
-    def start(self, **changes) -> subprocess.Popen:
+    def start(self, **changes) -> multiprocessing.Process:
         values = {
             "input": self.rows, "output": self.folder, "engine": "table", "shard_size": SHARD,
             "batch_size": BATCH, "stale_after": 5, **changes,
         }  # fmt: skip
-        command = [sys.executable, RUN, self.log, str(self.seconds)]
-        command += [f"{name}={value}" for name, value in values.items()]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        arguments = [f"{name}={value}" for name, value in values.items()]
+        arguments = (str(self.log), self.seconds, arguments, str(self.said))
+        process = CONTEXT.Process(target=logged_run.run, args=arguments, daemon=True)
+        process.start()
+        return process
 
     def run(self, **changes) -> tuple[int, str]:
         process = self.start(**changes)
-        output = process.communicate(timeout=120)[0]
-        return process.returncode, output
+        process.join(120)
+        return process.exitcode, self.said.read_text()
 
     def lines(self) -> int:
         return self.log.read_bytes().count(b"\n") if self.log.exists() else 0
 
-    def wait_for(self, lines: int, processes: list[subprocess.Popen]) -> None:
-        while self.lines() < lines and any(process.poll() is None for process in processes):
+    def wait_for(self, lines: int, processes: list[multiprocessing.Process]) -> None:
+        while self.lines() < lines and any(process.is_alive() for process in processes):
             time.sleep(0.003)
 
     def asked(self) -> Counter:
@@ -125,13 +131,13 @@ def test_killed_at_random_with_two_processes_and_a_third_that_joins_late(whole, 
         processes.append(runs.start())
         runs.wait_for(runs.lines() + draw.randint(0, 40), processes)
         for process in draw.sample(processes, draw.choice([1, 2, 3])):
-            kills += process.poll() is None
+            kills += process.is_alive()
             process.kill()
         if draw.random() < 0.7:  # else the others go on beside the next ones
             for process in processes:
-                kills += process.poll() is None
+                kills += process.is_alive()
                 process.kill()
-                process.communicate()
+                process.join()
         asked = runs.lines()
     code, output = runs.run()
     assert code == 0, output
@@ -146,25 +152,28 @@ def test_a_signal_stops_after_the_batch_and_loses_nothing(whole, runs):
     process = runs.start()
     while not runs.log.exists():
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 75 and "Traceback" not in output and "goes on" in output, output
+    process.terminate()
+    process.join(60)
+    output = runs.said.read_text()
+    assert process.exitcode == 75 and "Traceback" not in output and "goes on" in output, output
     assert runs.run()[0] == 0
     assert runs.result() == whole.result() and runs.asked() == whole.asked()
 
 
 def test_what_a_kill_cut_off_and_what_a_disk_changed_is_asked_again(whole, runs, draw):
     process = runs.start()
-    while not list(runs.folder.glob("done/shard-*")) or not list(runs.folder.glob("journal/*")):
-        time.sleep(0.01)
+    while not (finished := sorted(runs.folder.glob("done/shard-*"))) or not any(
+        finished[0].stem not in journal.name for journal in runs.folder.glob("journal/*")
+    ):
+        time.sleep(0.003)
     process.kill()
-    process.communicate()
+    process.join()
     before = runs.asked()
-    [*_, journal] = runs.folder.glob("journal/*")
+    journal = next(path for path in runs.folder.glob("journal/*") if finished[0].stem not in path.name)
     with open(journal, "ab") as file:
         file.write(b'{"check": "00000000", "id": "cut off')
     flipped = 0
-    for path in (journal, min(runs.folder.glob("done/shard-*"))):
+    for path in (journal, finished[0]):
         content = bytearray(path.read_bytes())
         if content.count(b"\n"):
             content[draw.randrange(content.rindex(b"\n") + 1)] ^= 1 << draw.randrange(8)
