@@ -13,7 +13,7 @@ import dataclasses
 import json
 import math
 import os
-import time
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,7 +35,6 @@ from phoenix.translate.page import plain, table, write_page
 from phoenix.translate.pipeline import Parts, Record, Shards, Stop, Translator, Worker
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart_translate.toml"
-WAIT = 0.2  # seconds between two looks at what other processes do
 Row = dict[str, Any]
 
 
@@ -104,7 +103,7 @@ def main(config: TranslateConfig) -> Path:
                 put_together(config, shards, language, corrections, stop)
                 claims.give_up()
             else:
-                wait(stop)
+                stop.wait()
         if config.merge == "partial":
             put_together(config, shards, language, corrections, stop)
     path = output_file(config, "translated.jsonl")
@@ -122,7 +121,7 @@ def collect(config: TranslateConfig, run: Row, claims: Claims, stop: Stop) -> Sh
         if config.merge == "partial":
             raise UserError(f"{config.output}: nothing is translated yet; start without merge=partial first")
         if claims.take(["collect"]) is None:
-            wait(stop)
+            stop.wait()
             continue
         if not path.exists():
             write_json(path, run)
@@ -146,7 +145,10 @@ def translate(
     sampled: dict[str, Record] = {}
     with contextlib.ExitStack() as stack:
         engine = stack.enter_context(contextlib.closing(open_engine(config, language)))
-        agree(config, engine.settings(), claims, stop)
+        settings = engine.settings()
+        name = model_name(config) or settings.get("model")
+        label = {"engine": config.engine, "model": name, "prompt": settings.get("prompt")}
+        pipeline.agree(config.output / "engine.json", {"label": label, "settings": settings}, claims, stop)
         progress = Progress(shards.manifest, config.prices, show=is_first())
         bar = stack.enter_context(contextlib.closing(progress))
         translator = Translator(engine, language, config.max_attempts)
@@ -155,9 +157,14 @@ def translate(
             bar.see_done(open_ones)
             number = worker.claim(open_ones)
             if number is None:
-                wait(stop)
+                stop.wait()
                 continue
-            sampled |= worker.translate(number, config.sample - len(sampled) if config.sample else None)
+            try:
+                sampled |= worker.translate(number, config.sample - len(sampled) if config.sample else None)
+            except UserError as error:
+                if not is_first():  # which alone speaks at the end, and does not know of this
+                    print(f"error of rank {os.environ['RANK']}: {error}", file=sys.stderr)
+                raise
             claims.give_up()
             if config.sample and (len(sampled) >= config.sample or len(open_ones) == 1):
                 return sampled
@@ -241,20 +248,6 @@ def identity(config: TranslateConfig, language: Language) -> Row:
     return {"format_version": 1, **settings, "language": dataclasses.asdict(language), "input": files}
 
 
-def agree(config: TranslateConfig, settings: Row, claims: Claims, stop: Stop) -> None:
-    """All processes have the same engine; the first one writes down which."""
-    path = config.output / "engine.json"
-    while not path.exists():
-        if claims.take(["engine"]) is None:
-            wait(stop)
-        elif not path.exists():
-            name = model_name(config) or settings.get("model")
-            label = {"engine": config.engine, "model": name, "prompt": settings.get("prompt")}
-            write_json(path, {"label": label, "settings": settings})
-        claims.give_up()
-    pipeline.compare(path, {"settings": settings})
-
-
 def read_label(config: TranslateConfig) -> Row:
     """What made the translations, as the processes agreed; none did if there was nothing to translate."""
     path = config.output / "engine.json"
@@ -304,11 +297,6 @@ def output_file(config: TranslateConfig, name: str) -> Path:
     """A partial one has a name of its own, so that translated.jsonl is always the whole."""
     stem, _, ending = name.partition(".")
     return config.output / (name if config.merge == "all" else f"{stem}.partial.{ending}")
-
-
-def wait(stop: Stop) -> None:
-    stop.check()
-    time.sleep(WAIT)
 
 
 def is_first() -> bool:

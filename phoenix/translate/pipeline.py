@@ -94,6 +94,11 @@ class Stop:
         if again and self.in_flight:
             self.check()
 
+    def wait(self) -> None:
+        """Until it is time for another look at what the other processes do."""
+        self.check()
+        time.sleep(0.2)
+
     def check(self) -> None:
         if self.asked:
             raise Interrupted("stopped; what is translated is safe, and the same command goes on")
@@ -108,6 +113,17 @@ def compare(path: Path, wanted: dict[str, Any]) -> None:
             raise UserError(
                 f"{path.parent} holds a run with {was}; choose another output, or set it as it was"
             )
+
+
+def agree(path: Path, value: dict[str, Any], claims: Claims, stop: Stop) -> None:
+    """What all processes have in common: the first one writes it, UserError for one that has another."""
+    while not path.exists():
+        if claims.take([path.stem]) is None:
+            stop.wait()
+        elif not path.exists():
+            write_json(path, value)
+        claims.give_up()
+    compare(path, value)
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
