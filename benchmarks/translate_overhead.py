@@ -5,8 +5,10 @@
 Three sides answer the same prompts with the same running engine: `bare`, one call of LLM.generate with the
 texts and the sampling that we use; `engine`, VLLMEngine.translate; `recipe`, a whole run of
 recipes/translate.py in a new folder, from the file of rows to translated.jsonl and report, each piece asked
-once.  Tokens are those that were generated, seconds those of the wall clock.  vLLM's cache of prompts is
-emptied before each.  Ends with 1 if a side stays below 90 % of the bare call in the median of the rounds.
+once.  Tokens are those that were generated, seconds those of the wall clock; own_cpu_seconds are those of
+this process alone, which other work on the machine does not stretch: what a side needs there beyond the bare
+call is its overhead.  vLLM's cache of prompts is emptied before each.  Ends with 1 if a side stays below 90 %
+of the bare call in the median of the rounds.
 """
 
 import argparse
@@ -132,11 +134,15 @@ def measure(engine: VLLMEngine, sides: dict[str, Callable[[int], int]], number: 
     names, found = list(sides), {}
     for name in names[number % len(names) :] + names[: number % len(names)]:
         engine._llm.reset_prefix_cache()
-        began = time.perf_counter()
+        began, own = time.perf_counter(), time.process_time()
         tokens = sides[name](number)
-        seconds = time.perf_counter() - began
-        found[name] = {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
-        print(f"round {number}: {name:6} {tokens} tokens in {seconds:.1f} s", file=sys.stderr, flush=True)
+        seconds, own = time.perf_counter() - began, time.process_time() - own
+        found[name] = {
+            "tokens": tokens, "seconds": seconds, "own_cpu_seconds": own,
+            "tokens_per_second": tokens / seconds,
+        }  # fmt: skip
+        said = f"round {number}: {name:6} {tokens} tokens in {seconds:.1f} s, {own:.2f} s of this process"
+        print(said, file=sys.stderr, flush=True)
     return found
 
 
@@ -144,7 +150,9 @@ def summarise(rounds: list[dict[str, dict]]) -> dict:
     """Median tokens a second of each side, and the median over the rounds of its share of the bare call."""
     speed = {name: [each[name]["tokens_per_second"] for each in rounds] for name in rounds[0]}
     shares = {name: [ours / bare for ours, bare in zip(speed[name], speed["bare"])] for name in speed}
+    own = {name: statistics.median(each[name]["own_cpu_seconds"] for each in rounds) for name in rounds[0]}
     return {
+        "own_cpu_seconds": own,
         "tokens_per_second": {name: statistics.median(values) for name, values in speed.items()},
         "share_of_bare": {name: statistics.median(shares[name]) for name in ("engine", "recipe")},
         "lowest_share": {name: min(shares[name]) for name in ("engine", "recipe")},

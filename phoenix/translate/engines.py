@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -174,7 +175,8 @@ class VLLMEngine:
         with _apart():
             self._vllm = _import_vllm()
             self._llm = _start_vllm(self._vllm, folder, config)
-        self._processes = [child for child in multiprocessing.active_children() if child not in before]
+            self._processes = [child for child in multiprocessing.active_children() if child not in before]
+            self._guard = _guard([child.pid for child in self._processes])
         self.max_model_len = self._llm.llm_engine.model_config.max_model_len
         self._digest = model_digest(folder)
 
@@ -197,6 +199,7 @@ class VLLMEngine:
 
     def close(self) -> None:
         self._llm.llm_engine.engine_core.shutdown()
+        self._guard.communicate(b"\n")
 
     def sampling_params(self, budgets: Sequence[int], attempt: int) -> list[Any]:
         """vLLM's SamplingParams for replies of so many tokens at most."""
@@ -441,6 +444,12 @@ def _start_vllm(vllm: Any, folder: Path, config: EngineConfig) -> Any:
     except (ValueError, RuntimeError, OSError) as error:
         words = " ".join(str(error).split())[:300]
         raise UserError(f"vLLM cannot start with {folder}: {words}; its lines above say more") from error
+
+
+def _guard(numbers: list[int]) -> subprocess.Popen:
+    """A shell that kills these processes when ours ends without a word: they would hold the GPU for ever."""
+    script = f"read -r word || kill -9 {' '.join(map(str, numbers))}"
+    return subprocess.Popen(["/bin/sh", "-c", script], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
 
 ENGINES = {

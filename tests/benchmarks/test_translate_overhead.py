@@ -13,7 +13,10 @@ from phoenix.translate.segments import Piece, split
 def test_a_share_is_that_of_the_same_round():
     speeds = [(100, 95, 90), (200, 180, 120), (50, 60, 50)]
     rounds = [
-        {name: {"tokens_per_second": speed} for name, speed in zip(("bare", "engine", "recipe"), each)}
+        {
+            name: {"tokens_per_second": speed, "own_cpu_seconds": 1.0}
+            for name, speed in zip(("bare", "engine", "recipe"), each)
+        }
         for each in speeds
     ]
     result = translate_overhead.summarise(rounds)

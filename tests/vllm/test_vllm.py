@@ -288,6 +288,39 @@ class TestRecipe:
         )
 
 
+OPEN = """
+import os, sys
+from phoenix.translate.engines import EngineConfig, open_engine
+from phoenix.translate.language import load_language
+if __name__ == "__main__":
+    config = EngineConfig(model=sys.argv[1], max_model_len=256, enforce_eager=True)
+    engine = open_engine(config, load_language("de"))
+    print("open", flush=True)
+    while True:
+        engine.translate(["A sentence of some words."] * 64)
+"""
+
+
+def test_nothing_is_left_of_a_rank_that_is_killed(smollm2_folder, tmp_path):
+    """Its engine would hold the GPU that the next rank needs."""
+    script = tmp_path / "open.py"
+    script.write_text(OPEN)
+    command = [sys.executable, script, str(smollm2_folder)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    while process.stdout.readline().strip() not in ("open", ""):
+        pass
+    below = [pid for pid in children(process.pid) if "VLLM" in command_of(pid)]
+    assert len(below) > 1
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 60
+    while any("VLLM" in command_of(pid) for pid in below) and time.monotonic() < end:
+        time.sleep(0.5)
+    assert not [pid for pid in below if "VLLM" in command_of(pid)]
+
+
 def test_a_served_engine_that_is_killed_ends_the_run_in_one_sentence(served):
     engine = open_engine(EngineConfig(engine="openai", server=(served[0],), patience=2.0), GERMAN)
     served[1].terminate()
