@@ -118,6 +118,7 @@ DESTROYED = {
     "translation": [
         "Translate the following sentence into Spanish: I like tea.",
         "Translate to French: cat",
+        "Translate to French: enter the code.",
         "Given the text below, please translate it from English to German.\n\nThe cat sat.",
         "What is the Italian word for bread?",
         "How do you say good morning in Japanese?",
