@@ -26,12 +26,10 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import statistics
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
+import side_by_side  # noqa: E402
 import torch  # noqa: E402
 from sft_vs_trl import MAX_GRAD_NORM, PACKAGES, SEED, Bench, make_tokenizer  # noqa: E402
 from side_by_side import (  # noqa: E402
@@ -400,34 +399,13 @@ def run_shares(bench: Bench, group: str, shares: Sequence[float], end: float) ->
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=RESULTS, help="where the JSON goes")
-    parser.add_argument(
-        "--minutes", type=float, default=12, help="after that much it leaves out what is left"
-    )
-    parser.add_argument("--repeats", type=int, default=5, help="turns of each side")
-    parser.add_argument("--quick", action="store_true", help="tiny, one repeat")
-    options = parser.parse_args()
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
-    try:
-        import_peers()
-    except ImportError as error:
-        print(f"error: {error}; make .venv-peers, then run this with its python", file=sys.stderr)
-        return 2
-    return run(options)
+    return side_by_side.main(__doc__, RESULTS, 12, import_peers, run)
 
 
-def import_peers() -> None:
-    """All that the sides need, before they are forked, so that its memory counts for none."""
-    import datasets
-    import transformers
+def import_peers() -> tuple:
     import trl
 
-    _ = trl.DPOTrainer, trl.DPOConfig, transformers.MistralForCausalLM  # their modules load on use
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    return trl.DPOTrainer, trl.DPOConfig
 
 
 def run(options: argparse.Namespace) -> int:

@@ -25,12 +25,10 @@ import argparse
 import dataclasses
 import itertools
 import json
-import os
 import statistics
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
+import side_by_side  # noqa: E402
 import torch  # noqa: E402
 from side_by_side import (  # noqa: E402
     MAX_SPREAD,
@@ -57,7 +56,7 @@ from phoenix.data.packing import make_plan  # noqa: E402
 from phoenix.data.store import FORMAT_VERSION, MANIFEST, StoreWriter, TokenStore  # noqa: E402
 from phoenix.files import write_json  # noqa: E402
 from phoenix.model.layout import AttentionLayout, PackedBatch  # noqa: E402
-from phoenix.model.pretrained import load_model, load_weights, materialise, meta_model, read_config  # noqa: E402
+from phoenix.model.pretrained import load_model, read_config  # noqa: E402
 from phoenix.train import distributed, metrics  # noqa: E402
 from phoenix.train.optim import build_optimizer  # noqa: E402
 
@@ -134,11 +133,9 @@ def phoenix_side(pacer: Pacer, folder: Path, group: str, setting: dict, max_leng
     loader = Loader(store, plan, seed=SEED, global_batch_size=1, micro_batch_tokens=max_length)
     dtype = torch.bfloat16 if group == "bf16" else torch.float32
     peak = metrics.peak_flops(world.device, dtype)
-    model = meta_model(config).float()
-    model.logits_memory = setting.get("logits_memory", 2**30)
     options = {name: setting.get(name, False) for name in ("activation_checkpointing", "compile")}
-    materialise(distributed.parallelize(model, world, compute_dtype=dtype, **options), world.device)
-    load_weights(model, folder / "model")
+    options["logits_memory"] = setting.get("logits_memory", 2**30)
+    model = distributed.load_model(folder / "model", world, compute_dtype=dtype, **options)
     optimizer = build_optimizer(model, "adamw", learning_rate=LEARNING_RATE)
     run = Path(tempfile.mkdtemp(dir=folder))
     log = metrics.MetricsLog(run, step=-1)
@@ -463,34 +460,13 @@ def run_group(bench: Bench, group: str, end: float) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=RESULTS, help="where the JSON goes")
-    parser.add_argument(
-        "--minutes", type=float, default=30, help="after that much it leaves out what is left"
-    )
-    parser.add_argument("--repeats", type=int, default=5, help="turns of each side")
-    parser.add_argument("--quick", action="store_true", help="tiny, nothing compiled, one repeat")
-    options = parser.parse_args()
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    try:
-        import_peers()
-    except ImportError as error:
-        print(f"error: {error}; make .venv-peers, then run this with its python", file=sys.stderr)
-        return 2
-    return run(options)
+    return side_by_side.main(__doc__, RESULTS, 30, import_peers, run)
 
 
-def import_peers() -> None:
-    """All that the sides need, before they are forked, so that its memory counts for none."""
-    import datasets
-    import transformers
+def import_peers() -> tuple:
     import trl
 
-    _ = trl.SFTTrainer, trl.SFTConfig, transformers.MistralForCausalLM  # their modules load on use
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    return trl.SFTTrainer, trl.SFTConfig
 
 
 def run(options: argparse.Namespace) -> int:

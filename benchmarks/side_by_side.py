@@ -6,6 +6,7 @@ are those of whole steps.  It is forked after all imports, so its memory counts 
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import datetime
 import importlib.metadata
@@ -14,8 +15,10 @@ import os
 import platform
 import signal
 import statistics
+import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,3 +141,32 @@ def _run(work: Callable[..., None], pipe: Any, arguments: tuple) -> None:
         lines, at = str(error).strip().splitlines() or [""], traceback.extract_tb(error.__traceback__)[-1]
         pipe.send(f"{type(error).__name__}: {lines[0][:200]} ({Path(at.filename).name}, line {at.lineno})")
     os._exit(0)
+
+
+def main(doc: str, output: Path, minutes: float, peers: Callable[[], Any], run: Callable[..., int]) -> int:
+    """The command line of a comparison with TRL; returns the exit code.
+
+    peers: loads what a side needs of trl, before the forks, so that its memory counts for none.
+    """
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=output, help="where the JSON goes")
+    parser.add_argument(
+        "--minutes", type=float, default=minutes, help="after that much it leaves out what is left"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each side")
+    parser.add_argument("--quick", action="store_true", help="tiny, one repeat")
+    options = parser.parse_args()
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
+    try:
+        import datasets
+        import transformers
+
+        _ = peers(), transformers.MistralForCausalLM  # their modules load on use
+    except ImportError as error:
+        print(f"error: {error}; make .venv-peers, then run this with its python", file=sys.stderr)
+        return 2
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    return run(options)

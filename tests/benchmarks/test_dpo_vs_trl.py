@@ -1,9 +1,7 @@
 """The comparison with TRL: its pairs, its whole sequences and its arithmetic, none of which needs TRL."""
 
-import importlib.util
 import math
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,18 +11,10 @@ from phoenix.data.pairs import PairLoader
 from phoenix.data.store import TokenStore
 from phoenix.model.mistral import Mistral
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "dpo_vs_trl.py"
-
 
 @pytest.fixture
-def bench(monkeypatch):
-    """The script as a module, and sys.path as before."""
-    monkeypatch.setattr(sys, "path", [str(SCRIPT.parent), *sys.path])
-    spec = importlib.util.spec_from_file_location("dpo_vs_trl", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "dpo_vs_trl", module)
-    spec.loader.exec_module(module)
-    return module
+def bench(load_script):
+    return load_script("dpo_vs_trl")
 
 
 def test_pairs_have_the_stated_lengths(bench):
@@ -113,6 +103,6 @@ def test_without_trl_one_sentence_says_what_to_do(bench, monkeypatch, capsys):
     for name in ("HF_HUB_OFFLINE", "TOKENIZERS_PARALLELISM", "TQDM_DISABLE"):
         monkeypatch.setenv(name, "1")  # put back afterwards
     monkeypatch.setitem(sys.modules, "trl", None)
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--quick"])
+    monkeypatch.setattr(sys, "argv", [bench.__file__, "--quick"])
     assert bench.main() == 2
     assert ".venv-peers" in capsys.readouterr().err
