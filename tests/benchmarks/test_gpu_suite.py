@@ -1,6 +1,5 @@
 """The GPU suite: a dry run on the CPU passes, and what breaks is reported and not hidden."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -12,14 +11,8 @@ SUITE = Path(__file__).parents[2] / "benchmarks" / "gpu_suite.py"
 
 
 @pytest.fixture
-def suite(monkeypatch):
-    """The script as a module, and sys.path as before."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    spec = importlib.util.spec_from_file_location("gpu_suite", SUITE)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gpu_suite", module)
-    spec.loader.exec_module(module)
-    return module
+def suite(load_script):
+    return load_script("gpu_suite")
 
 
 @pytest.fixture
