@@ -108,21 +108,23 @@ def save_config(path: Path, config: Any) -> None:
 
 
 def help_text(kind: type) -> str:
-    """A line a field: name, type, default, meaning."""
-    lines = [
-        (kind.__doc__ or "").strip(),
-        "",
-        "usage: [torchrun] recipe.py [config.toml] [key=value ...]",
-        "",
-    ]
+    """A line a field: name, type, default, meaning; the fields of a table stand below its own."""
+    usage = "usage: [torchrun] recipe.py [config.toml] [key=value ...]"
+    return "\n".join([(kind.__doc__ or "").strip(), "", usage, "", *_help_lines(kind)])
+
+
+def _help_lines(kind: type) -> list[str]:
+    lines = []
     for field, annotation in _fields(kind).values():
         default = "required" if field.default is dataclasses.MISSING else f"default {_to_toml(field.default)}"
         choices = field.metadata.get("choices")
         meaning = field.metadata.get("meaning", "")
         meaning += f"; one of {', '.join(map(str, choices))}" if choices else ""
         meaning += f"; {field.metadata['bounds']}" if field.metadata.get("bounds") else ""
-        lines.append(f"  {field.name}: {_type_name(annotation)} ({default})\n      {meaning}")
-    return "\n".join(lines)
+        lines += [f"  {field.name}: {_type_name(annotation)} ({default})", f"      {meaning}"]
+        if table := _table_type(annotation):
+            lines += [f"      {line}" for line in _help_lines(table)]
+    return lines
 
 
 BOUNDS = {
@@ -258,12 +260,30 @@ def _alternatives(annotation: Any) -> tuple:
     return typing.get_args(annotation) if union else (annotation,)
 
 
+def _table_type(annotation: Any) -> type | None:
+    """The dataclass of a list of tables, tuple[Dataclass, ...]."""
+    item = (*typing.get_args(annotation), None)[0]
+    return item if dataclasses.is_dataclass(item) else None
+
+
+def _to_table(kind: type, table: dict[str, Any], where: str) -> Any:
+    values = {key: _convert(_field(kind, key, where), value, where) for key, value in table.items()}
+    for field in dataclasses.fields(kind):
+        if field.default is dataclasses.MISSING and field.name not in values:
+            raise UserError(f"{where}: {field.name!r} is not set; write {field.name} = ...")
+    return kind(**values)
+
+
 def _convert(field: tuple[dataclasses.Field, Any], value: Any, where: str) -> Any:
     definition, annotation = field
+    table = _table_type(annotation)
+    if table and isinstance(value, list) and all(isinstance(item, dict) for item in value):
+        numbered = enumerate(value, 1)
+        return tuple(_to_table(table, item, f"{where}, {definition.name} {i}") for i, item in numbered)
     if value == "none" and types.NoneType in _alternatives(annotation):
         return None  # TOML has no null
     for kind in _alternatives(annotation):
-        accept = _CONVERSIONS.get(typing.get_origin(kind) or kind)
+        accept = None if table else _CONVERSIONS.get(typing.get_origin(kind) or kind)
         converted = accept(kind, value) if accept else None
         if converted is not None:
             _check_choices(definition, converted, where)
@@ -328,7 +348,9 @@ def _type_name(annotation: Any) -> str:
         if typing.get_origin(kind) is tuple:
             item, *rest = typing.get_args(kind)
             number = "" if Ellipsis in rest else f"{len(rest) + 1} "
-            names.append(f"list of {number}{_type_name(item)}")
+            names.append(
+                f"list of {number}{'tables' if dataclasses.is_dataclass(item) else _type_name(item)}"
+            )
         else:
             names.append("none" if kind is types.NoneType else getattr(kind, "__name__", str(kind)).lower())
     return " or ".join(names)
@@ -341,6 +363,9 @@ def _to_toml(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, int | float):
         return repr(value)
+    if dataclasses.is_dataclass(value):
+        entries = dataclasses.asdict(value).items()
+        return "{" + ", ".join(f"{key} = {_to_toml(v)}" for key, v in entries if v is not None) + "}"
     if isinstance(value, tuple | list):
         return "[" + ", ".join(map(_to_toml, value)) + "]"
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")  # TOML escapes as JSON does

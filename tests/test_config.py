@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -295,3 +296,49 @@ def test_a_name_of_trl_gives_ours_or_a_sentence(argument, message):
         load_config(Own, [argument])
     assert f"command line, {argument!r}: unknown field {name!r}; {message}" in str(error.value)
     assert load_config(Own, ["max_length=9", "loss_type=ipo"]) == Own(max_length=9, loss_type=("ipo",))
+
+
+@dataclass(frozen=True)
+class Part:
+    path: str = option("where it lies")
+    weight: float = option("its share", 1.0, bounds="of at least 0")
+    form: str | None = option("its form", None, ("flat", "tree"))
+
+
+@dataclass(frozen=True)
+class Whole:
+    name: str = option("what it is called", "x")
+    parts: tuple[Part, ...] = option("what it is made of", ())
+
+
+def test_a_list_of_tables_becomes_dataclasses_and_itself_again(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_text('name = "n"\n[[parts]]\npath = "a"\n[[parts]]\npath = "b"\nweight = 2\nform = "tree"\n')
+    config = load_config(Whole, [str(path)])
+    assert config == Whole("n", (Part("a"), Part("b", 2.0, "tree")))
+    save_config(tmp_path / "b.toml", config)
+    assert load_config(Whole, [str(tmp_path / "b.toml")]) == config
+    assert load_config(Whole, ['parts=[{path = "a", weight = 0.5}]']).parts == (Part("a", 0.5),)
+    assert "parts: list of tables" in help_text(Whole) and "its share" in help_text(Whole)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            '[{path = "a"}, {path = "b", wieght = 2}]',
+            "parts 2: unknown field 'wieght'; did you mean 'weight'",
+        ),
+        ("[{weight = 2}]", "parts 1: 'path' is not set"),
+        ('[{path = "a", weight = "much"}]', "parts 1: weight is 'much'; expected float"),
+        (
+            '[{path = "a", form = "tre"}]',
+            "parts 1: form is 'tre'; expected one of flat, tree; did you mean 'tree'",
+        ),
+        ('["a"]', "parts is ['a']; expected list of tables"),
+        ("3", "expected list of tables"),
+    ],
+)
+def test_errors_in_a_list_of_tables_name_the_table(value, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_config(Whole, [f"parts={value}"])
