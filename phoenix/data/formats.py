@@ -5,9 +5,14 @@ What a row means is taken from the names of its fields, never from the name of i
 
 A message is {"role": "system" | "user" | "assistant", "content": str}.  In a conversation a system turn may
 come first, then user and assistant alternate, and the assistant has the last word.
+
+Of every row: `source`, `license` as the row states it, `line`, and `length_ratio`, the characters of a
+translation per character of what was translated, where the row tells.
 """
 
+import difflib
 import hashlib
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +30,7 @@ __all__ = [
     "Row",
     "RowError",
     "Text",
+    "check_format",
     "read_rows",
     "to_row",
 ]
@@ -40,11 +46,15 @@ class Conversation:
     source: str
     license: str | None
     line: int
+    length_ratio: float | None = None
 
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """Two answers to one prompt; the prompt ends with a user's turn, both answers with an assistant's."""
+    """Two answers to one prompt; the prompt ends with a user's turn, both answers with an assistant's.
+
+    scores: of chosen and rejected, where the row states both.
+    """
 
     prompt: tuple[Message, ...]
     chosen: tuple[Message, ...]
@@ -52,6 +62,8 @@ class PreferencePair:
     source: str
     license: str | None
     line: int
+    length_ratio: float | None = None
+    scores: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,7 @@ class Text:
     source: str
     license: str | None
     line: int
+    length_ratio: float | None = None
 
 
 Row = Conversation | PreferencePair | Text
@@ -71,21 +84,33 @@ class RowError(UserError):
     """A row that cannot be trained on: no known format, roles out of order, an empty turn, an odd type."""
 
 
-def to_row(row: dict[str, Any], where: tuple[Path, int], kind: str = "documents") -> Row:
-    """One raw row of any known schema.
+def to_row(
+    row: dict[str, Any], where: tuple[Path, int], kind: str = "documents", format: str | None = None
+) -> Row:
+    """One raw row of any known schema, or of the one that is named.
 
-    where: its file and line; kind: "documents" (Conversation or Text) or "pairs", for rows that hold both.
-    A field whose value is null counts as absent.  Raises RowError naming file, line, found and expected.
+    where: its file and line; kind: "documents" (Conversation or Text) or "pairs", for rows that hold both;
+    format: a name that `check_format` accepts.  A field whose value is null counts as absent.
+    Raises RowError naming file, line, found and expected.
     """
     path, line = where
     try:
-        row_type, convert = _format_of(row, kind)
+        row_type, convert = _format_of(row, kind, format)
         content = convert(row)
         source = _text(str(row.get("source") or row.get("data_source") or Path(path).name), "source")
         licence = _text(str(row.get("license") or row.get("licence") or ""), "license")
     except RowError as error:
         raise RowError(f"{path}, line {line}: {error}") from None
-    return row_type(*content, source, licence or None, line)
+    more = {"scores": _scores(row)} if row_type is PreferencePair else {}
+    return row_type(*content, source, licence or None, line, _length_ratio(row), **more)
+
+
+def check_format(name: str) -> None:
+    """Raises UserError for what is no name of FORMATS, with the nearest one."""
+    if name not in FORMATS:
+        near = difflib.get_close_matches(name, FORMATS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(FORMATS)}"
+        raise UserError(f"there is no format {name!r}; {hint}")
 
 
 def messages(row: dict) -> tuple:
@@ -159,17 +184,48 @@ def preference(row: dict) -> tuple:
     return _pair(lead, chosen, rejected)
 
 
-def _format_of(row: dict, kind: str) -> tuple[type, Callable]:
-    found = {name for name, value in row.items() if value is not None}
-    fitting = [(row_type, convert) for row_type, needed, convert in FORMATS.values() if needed <= found]
+def _format_of(row: dict, kind: str, name: str | None) -> tuple[type, Callable]:
+    # Open-Platypus is told from Alpaca by a column that may be null.
+    found = {field for field, value in row.items() if value is not None or field == "data_source"}
+    asked = {name: FORMATS[name]} if name else FORMATS
+    fitting = [(row_type, convert) for row_type, needed, convert in asked.values() if needed <= found]
     for row_type, convert in fitting:
         if row_type in KINDS[kind]:
             return row_type, convert
     if fitting:
         raise RowError(f"the row is a {fitting[0][0].__name__}; expected one for kind={kind!r}; change kind")
-    known = "; ".join(f"{name} ({', '.join(sorted(needed))})" for name, (_, needed, _) in FORMATS.items())
+    known = "; ".join(f"{name} ({', '.join(sorted(needed))})" for name, (_, needed, _) in asked.items())
     fields = ", ".join(sorted(map(str, found)))[:300] or "none"
     raise RowError(f"found the fields {fields}; expected those of a known format: {known}; rename the fields")
+
+
+def _scores(row: dict) -> tuple[float, float] | None:
+    for name in SCORES:
+        scores = tuple(_number(row.get(name.format(side))) for side in ("chosen", "rejected"))
+        if None not in scores:
+            return scores
+    return None
+
+
+def _number(value: Any) -> float | None:
+    """Of a number or a string such as "4.5"; None for "N/A", an infinity, and anything else."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) and not isinstance(value, bool) else None
+
+
+def _length_ratio(row: dict) -> float | None:
+    """By the counts in the record of recipes/translate.py, else by the columns X_de that stand beside X."""
+    record = row.get("translation")
+    if isinstance(record, dict):
+        source, text = (_number(record.get(name)) for name in ("source_characters", "characters"))
+    else:
+        both = [(row.get(name.removesuffix("_de")), row[name]) for name in row if name.endswith("_de")]
+        both = [pair for pair in both if all(isinstance(text, str) for text in pair)]
+        source, text = (sum(map(len, texts)) for texts in zip(*both)) if both else (0, 0)
+    return text / source if source and text is not None else None
 
 
 def _text(value: Any, name: str) -> str:
@@ -243,8 +299,8 @@ def _human_assistant(conversation: str) -> list[Message]:
 def _score(answer: dict) -> float | None:
     notes, overall = answer.get("annotations"), answer.get("overall_score")
     notes = [note for note in notes.values() if isinstance(note, dict)] if isinstance(notes, dict) else []
-    ratings = [int(note["Rating"]) for note in notes if str(note.get("Rating")) in tuple("12345")]  # or "N/A"
-    return sum(ratings) / len(ratings) if ratings else overall if isinstance(overall, int | float) else None
+    ratings = [rating for note in notes if (rating := _number(note.get("Rating"))) is not None]
+    return sum(ratings) / len(ratings) if ratings else _number(overall)
 
 
 def _kind(value: Any) -> str:
@@ -257,9 +313,11 @@ ROLES = {
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard"), "assistant"),
     "system": "system",
 }
+SCORES = ("score_{}", "{}_score", "{}_avg_rating", "{}-rating", "{}_rating")
 KINDS = {"documents": (Conversation, Text), "pairs": (PreferencePair,)}
 SCHNABELTIER = ("instruction_de", "", "output_de")
 DOLLY_DE = ("instruction_de", "context_de", "response_de")
+ALPACA = ("instruction", "input", "output")
 # name -> (type of the row, columns that it must have, function)
 FORMATS: dict[str, tuple[type, set[str], Callable[[dict], tuple]]] = {
     "ultrafeedback": (PreferencePair, {"instruction", "completions"}, ultrafeedback),
@@ -271,7 +329,8 @@ FORMATS: dict[str, tuple[type, set[str], Callable[[dict], tuple]]] = {
     "schnabeltier": (Conversation, {"instruction_de", "output_de"}, columns(*SCHNABELTIER)),
     "dolly_de": (Conversation, {"instruction_de", "response_de"}, columns(*DOLLY_DE)),
     "dolly": (Conversation, {"instruction", "response"}, columns("instruction", "context", "response")),
-    "alpaca": (Conversation, {"instruction", "output"}, columns("instruction", "input", "output")),
+    "open_platypus": (Conversation, {*ALPACA[::2], "data_source"}, columns(*ALPACA)),
+    "alpaca": (Conversation, {*ALPACA[::2]}, columns(*ALPACA)),
     "prompt_completion": (Conversation, {"prompt", "completion"}, columns("prompt", "", "completion")),
     "poem": (Conversation, {"prompt", "poem"}, columns("prompt", "", "poem")),
     "song": (Conversation, {"prompt", "song"}, columns("prompt", "", "song")),

@@ -3,6 +3,7 @@
 A reader trusts nothing: each line is checked before it is parsed, and each complaint names file and line.
 """
 
+import codecs
 import contextlib
 import csv
 import gzip
@@ -25,17 +26,32 @@ def read_rows(path: Path, errors: str = "strict") -> Iterator[tuple[int, dict[st
     no UTF-8, holds a NUL, does not parse, is no object or is longer than MAX_LINE, and for a damaged file.
     errors: "replace" puts U+FFFD in place of what is no UTF-8.
     """
+    for line, raw in raw_rows(path, errors):
+        yield line, parse(path, line, raw, errors)
+
+
+def raw_rows(path: Path, errors: str = "strict") -> Iterator[tuple[int, Any]]:
+    """As `read_rows`, but a line of JSON lines comes as bytes that only `parse` decodes: what takes long can
+    be done elsewhere.  The size of a line and of what a gzip file holds, and NUL, are checked here."""
     path = Path(path)
     reader = next((read for ending, read in READERS.items() if path.name.endswith(ending)), None)
     if not path.is_file() or reader is None:
         found = "ends otherwise" if path.is_file() else "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"{path} {found}; expected a file of rows that ends in one of {', '.join(READERS)}")
-    for line, row in reader(path, errors):
-        if not isinstance(row, dict):
-            raise UserError(
-                f"{path}, line {line}: found a {type(row).__name__}; expected an object of fields"
-            )
-        yield line, row
+    yield from reader(path, errors)
+
+
+def parse(path: Path, line: int, raw: Any, errors: str = "strict") -> dict[str, Any]:
+    """The row of what `raw_rows` gave; raises UserError as `read_rows` does."""
+    row = raw
+    if isinstance(raw, bytes):
+        try:
+            row = json.loads(raw.decode("utf-8", errors), object_pairs_hook=unique_keys)
+        except ERRORS as error:
+            raise _unreadable(path, line, error) from None
+    if not isinstance(row, dict):
+        raise UserError(f"{path}, line {line}: found a {type(row).__name__}; expected an object of fields")
+    return row
 
 
 @contextlib.contextmanager
@@ -47,12 +63,12 @@ def _at(path: Path, line: int) -> Iterator[None]:
         raise _unreadable(path, line, error) from None
 
 
-def _unreadable(path: Path, line: int, error: object, kind: type | None = None) -> UserError:
-    reason = f"{(kind or type(error)).__name__}: {error}"
+def _unreadable(path: Path, line: int, error: Exception) -> UserError:
+    reason = f"{type(error).__name__}: {error}"
     return UserError(f"{path}, line {line}: cannot be read ({reason}); correct or remove it")
 
 
-def _lines(path: Path, errors: str) -> Iterator[tuple[int, str]]:
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Numbered lines, checked one by one, so that neither a huge line nor a gzip bomb fills the memory.
 
     One `try` around all lines: a bomb of 10^8 empty lines would spend minutes in a context manager for each.
@@ -73,36 +89,38 @@ def _lines(path: Path, errors: str) -> Iterator[tuple[int, str]]:
                     raise ValueError(f"gzip that holds more than {MAX_INFLATION} times its size")
                 if b"\0" in line:
                     raise ValueError("holds a NUL byte")
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8", errors)
-    except UnicodeDecodeError as error:
-        place = f"{error}, byte {size - len(error.object) + error.start} of the file"
-        raise _unreadable(path, number, place, type(error)) from None
+                yield number, line if number > 1 else line.removeprefix(codecs.BOM_UTF8)
     except ERRORS as error:
         raise _unreadable(path, number, error) from None
 
 
-def _json_lines(path: Path, errors: str) -> Iterator[tuple[int, Any]]:
-    for number, line in _lines(path, errors):
-        if line.strip():
-            with _at(path, number):
-                row = json.loads(line, object_pairs_hook=unique_keys)
-            yield number, row
+def _text(path: Path, errors: str) -> Iterator[str]:
+    for number, line in _lines(path):
+        try:
+            text = line.decode("utf-8", errors)
+        except UnicodeDecodeError as error:
+            raise _unreadable(path, number, error) from None
+        yield text
+
+
+def _json_lines(path: Path, _errors: str) -> Iterator[tuple[int, bytes]]:
+    return ((number, line) for number, line in _lines(path) if line.strip())
 
 
 def _json(path: Path, errors: str) -> Iterator[tuple[int, Any]]:
     """A list of objects, read whole; without a "[" at the start: JSON lines, as in many files of the hub."""
-    if not next((line for _, line in _lines(path, errors) if line.strip()), "").lstrip().startswith("["):
+    if not next((line for _, line in _json_lines(path, errors)), b"").lstrip().startswith(b"["):
         yield from _json_lines(path, errors)
         return
     with _at(path, 1):
-        rows = json.loads("".join(line for _, line in _lines(path, errors)), object_pairs_hook=unique_keys)
+        rows = json.loads("".join(_text(path, errors)), object_pairs_hook=unique_keys)
     yield from enumerate(rows, 1)
 
 
 def _csv(path: Path, errors: str) -> Iterator[tuple[int, Any]]:
     """The line is the last one of a row, which may have several."""
     csv.field_size_limit(MAX_LINE)
-    reader, header = csv.reader((line for _, line in _lines(path, errors)), strict=True), []
+    reader, header = csv.reader(_text(path, errors), strict=True), []
     while True:
         with _at(path, reader.line_num + 1):
             cells = next(reader, None)
