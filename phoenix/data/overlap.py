@@ -1,0 +1,149 @@
+"""Whether a row holds a question of a test set: a run of 13 words, or a shorter question as a whole.
+
+The words of a text, case, punctuation and Unicode form aside, are joined; the hash of a run of words is that
+of its part of the joined string, a polynomial over its bytes modulo 2^64, and the same in every process.
+"""
+
+import unicodedata
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from phoenix.data.language import words
+from phoenix.data.reading import read_rows
+from phoenix.files import UserError, read_json
+
+RUN = 13  # words, as for GPT-3 (arXiv 2005.14165, appendix C)
+SHORT, SHORTEST = 8, 4  # words of a question that is searched within texts, and as a whole text
+BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
+FIELDS = (  # where test sets and the formats of rows have their questions
+    "turns", "question", "ctx", "ctx_a", "query", "problem", "goal", "prompt", "instruction",
+    "instruction_de", "messages", "conversations", "conversation", "chosen", "text",
+)  # fmt: skip
+NO_QUESTION = {"assistant", "gpt", "chatgpt", "bing", "bard", "system"}
+
+
+class EvalIndex:
+    """The questions of test files, as sorted hashes: 12 bytes a word of theirs in memory."""
+
+    def __init__(self, paths: tuple[Path, ...], length: int = RUN) -> None:
+        """Read files of MT-Bench, HellaSwag, ARC, MMLU, GSM8K, TruthfulQA, or of rows of any known format.
+
+        length: words in a row of a longer question.  Raises UserError for a file that cannot be read, and for
+        a row without a question.
+        """
+        self.length, self.names, self.wholes = length, [], {}
+        hashes: dict[int, list[np.ndarray]] = {}
+        owners: dict[int, list[np.ndarray]] = {}
+        for path in map(Path, paths):
+            for name, row in _test_rows(path):
+                for question in _questions(path, name, row):
+                    found = normal_words(question)
+                    size = min(len(found), length)
+                    if SHORTEST <= size < SHORT:
+                        self.wholes.setdefault(" ".join(found), len(self.names))
+                    elif size >= SHORT:
+                        runs = run_hashes(found, size)
+                        hashes.setdefault(size, []).append(runs)
+                        owners.setdefault(size, []).append(np.full(len(runs), len(self.names), np.int32))
+                self.names.append(f"{path}, row {name}")
+        self.sizes = sorted(hashes)
+        self.runs = {}
+        for size in self.sizes:
+            joined = np.concatenate(hashes[size])
+            order = np.argsort(joined, kind="stable")  # of two rows with one run the first is named
+            self.runs[size] = joined[order], np.concatenate(owners[size])[order]
+
+    def hit(self, texts: Iterable[str]) -> str | None:
+        """The row of a test file that the texts of a row hold, with the words: 'evals/mt.json, row 3: "..."'.
+
+        None without one.  A question of 4 to 7 words must be a whole text; a shorter one is not looked for.
+        """
+        found = []
+        for text in texts:
+            said = normal_words(text)
+            if SHORTEST <= len(said) < SHORT and (whole := " ".join(said)) in self.wholes:
+                return f'{self.names[self.wholes[whole]]}: "{whole}"'
+            found += said
+        for size in self.sizes:
+            known, owners = self.runs[size]
+            runs = run_hashes(found, size)
+            places = np.searchsorted(known, runs)
+            places[places == len(known)] = 0
+            hits = np.flatnonzero(known[places] == runs)
+            if len(hits):
+                said = " ".join(found[hits[0] : hits[0] + size])
+                return f'{self.names[owners[places[hits[0]]]]}: "{said}"'
+        return None
+
+
+def normal_words(text: str) -> list[str]:
+    """Words of a text without case, punctuation, or a difference of Unicode form."""
+    return words(unicodedata.normalize("NFC", text).casefold())
+
+
+def run_hashes(words: list[str], length: int) -> np.ndarray:
+    """[max(0, words - length + 1)] uint64: a hash of each run of `length` words."""
+    if len(words) < length:
+        return np.empty(0, np.uint64)
+    text = np.frombuffer((" ".join(words) + " ").encode(), np.uint8)
+    ends = np.flatnonzero(text == ord(" "))
+    starts = np.concatenate([[0], ends[: len(ends) - length] + 1])
+    sums = np.cumsum(BYTES[text] * np.cumprod(np.full(len(text), BASE, np.uint64)))
+    sums = np.concatenate([np.zeros(1, np.uint64), sums])
+    shifts = np.cumprod(np.full(len(text), pow(BASE, -1, 2**64), np.uint64))
+    return (sums[ends[length - 1 :]] - sums[starts]) * shifts[starts]
+
+
+def strings(value: Any) -> Iterator[str]:
+    """All strings in a raw row, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from strings(part)
+
+
+def _test_rows(path: Path) -> Iterator[tuple[Any, dict]]:
+    """(name, row); a .json file may be one object of rows by name, as MT-Bench-DE is."""
+    if path.suffix == ".json" and isinstance(rows := read_json(path, "questions of a test set"), dict):
+        rows = rows if all(isinstance(row, dict) for row in rows.values()) else {1: rows}
+        return iter(rows.items())
+    return read_rows(path)
+
+
+def _questions(path: Path, name: Any, row: dict) -> Iterator[str]:
+    by_name = {field.lower(): value for field, value in row.items() if value}
+    found = [field for field in FIELDS if field in by_name and (field, "ctx" in by_name) != ("ctx_a", True)]
+    if not found:
+        raise UserError(
+            f"{path}, row {name}: found the fields {', '.join(row)[:300]}; expected a question in one of "
+            f"{', '.join(FIELDS)}; rename the field"
+        )
+    for field in found:
+        yield from _asked(by_name[field])
+
+
+def _asked(value: Any) -> Iterator[str]:
+    """Strings of a field, less the choices of ARC's questions and what an assistant says."""
+    if isinstance(value, dict):
+        if str(value.get("role", value.get("from"))).lower() not in NO_QUESTION:
+            for key, part in value.items():
+                yield from _asked(part) if key not in ("choices", "role", "from") else ()
+    elif isinstance(value, list):
+        for part in value:
+            yield from _asked(part)
+    elif isinstance(value, str):
+        yield value
+
+
+def _mixed(number: np.ndarray) -> np.ndarray:
+    """splitmix64's last steps: every bit depends on every bit."""
+    number = (number ^ (number >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    number = (number ^ (number >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return number ^ (number >> np.uint64(31))
+
+
+BYTES = _mixed(np.arange(1, 257, dtype=np.uint64) * np.uint64(BASE))  # what a byte stands for
