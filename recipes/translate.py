@@ -14,6 +14,7 @@ import json
 import math
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,10 +24,10 @@ from typing import Any
 from tqdm import tqdm
 
 from phoenix.config import check_bounds, option, run_recipe
-from phoenix.data.reading import read_rows
 from phoenix.files import UserError, atomic_write, describe_file, json_digest, read_json, sha256, write_json
-from phoenix.translate import checks, pipeline
+from phoenix.translate import pipeline
 from phoenix.translate.assembly import Assembler, References, Translations, read_corrections
+from phoenix.translate.checks import check_comet
 from phoenix.translate.claims import Claims
 from phoenix.translate.engines import EngineConfig, open_engine
 from phoenix.translate.language import Language, load_language
@@ -51,6 +52,7 @@ class TranslateConfig(EngineConfig):
         "mark", ("skip", "mark", "translate"),
     )  # fmt: skip
     max_chars: int = option("longer lines are cut at the ends of sentences", 600, bounds="above 0")
+    translate_json: bool = option("of JSON, the strings that are values and have several words", False)
     shard_size: int = option("segments of a shard: 10 to 60 seconds of work", 4096, bounds="above 0")
     batch_size: int = option("segments that are asked, and then safe, at a time", 1024, bounds="above 0")
     max_attempts: int = option(
@@ -60,22 +62,22 @@ class TranslateConfig(EngineConfig):
         "what failed to the end stays in the source language, or its row is dropped", "keep", ("keep", "drop")
     )
     corrections: Path | None = option("file of rows with source and translation, applied last", None)
-    references: str | None = option(
-        "for chrF and BLEU: a field of the rows, or a file of the same rows", None
-    )
+    references: str | None = option("for chrF and BLEU: a field of the rows, or a file of such rows", None)
+    comet_model: Path | None = option("for COMET beside these: its checkpoint, model.ckpt", None)
     merge: str = option("all rows when all is done, or now those that are", "all", ("all", "partial"))
     sample: int = option(
         "translate so many random segments, show them with an estimate for all, and stop", 0,
         bounds="of at least 0",
     )  # fmt: skip
-    gpus: float | None = option(
-        "GPUs that a process keeps busy; none: vllm's tensor_parallel_size", None, bounds="of at least 0"
-    )
+    gpus: float | None = option("of a process; none: tensor_parallel_size", None, bounds="of at least 0")
     gpu_price_per_hour: float = option("EUR, of one GPU", 2.0, bounds="of at least 0")
     api_price_per_character: float = option("EUR, of what is sent", 0.0, bounds="of at least 0")
     api_price_per_million_tokens: tuple[float, float] = option("EUR, of prompts and of replies", (0.0, 0.0))
     stale_after: float = option(
-        "seconds without a sign of life after which others take over", 60.0, bounds="above 0"
+        "seconds without a sign of life until others take over", 60.0, bounds="above 0"
+    )
+    batch_timeout: float = option(
+        "seconds of a batch until its engine is taken for hung; 0: never", 3600.0, bounds="of at least 0"
     )
 
     @property
@@ -94,7 +96,7 @@ def main(config: TranslateConfig) -> Path:
     check(config)
     language, corrections = load_language(config.language), read_corrections(config.corrections)
     run = identity(config, language)
-    with Stop() as stop, Claims(config.output / "claims", config.stale_after) as claims:
+    with Stop() as stop, Claims(config.output / "claims", config.stale_after, config.batch_timeout) as claims:
         shards = collect(config, run, claims, stop)
         while config.merge == "all" and not is_merged(config):
             if sampled := translate(config, shards, language, claims, stop):
@@ -143,8 +145,10 @@ def translate(
     if not shards.open_ones():
         return {}
     sampled: dict[str, Record] = {}
+    began = time.monotonic()
     with contextlib.ExitStack() as stack:
         engine = stack.enter_context(contextlib.closing(open_engine(config, language)))
+        shards.book_loading(time.monotonic() - began)
         settings = engine.settings()
         name = model_name(config) or settings.get("model")
         label = {"engine": config.engine, "model": name, "prompt": settings.get("prompt")}
@@ -178,12 +182,12 @@ def put_together(
 
     The ledger comes last: what it states is whole.
     """
-    translations, ledger = Translations(config.output), Ledger(config.prices)
+    translations, ledger = Translations(config.output), Ledger(config.prices, shards.loading())
     for number in range(len(shards.sizes)):
         records = shards.finished(number)
         if not records and config.merge == "all":
             return  # it is open again
-        records = records or shards.unfinished(number, config.max_attempts)
+        records = records or pipeline.final(shards.journalled(number), config.max_attempts)
         translations.add(records)
         ledger.add(records)
     label = read_label(config) | {"language": language.code}
@@ -199,7 +203,7 @@ def put_together(
                 references.add(where, row, other, made)
     summary = {"complete": config.merge == "all", "rows": dict(rows), "input": shards.counts}
     summary |= {"corrections_used": len(assembler.used), **ledger.totals()}
-    summary |= {"scores": checks.score(*zip(*references.pairs))} if references.pairs else {}
+    summary |= references.scores(config.comet_model)
     write_page(output_file(config, "report.html"), f"Translation in {config.output}", summary, ledger)
     file = describe_file(output_file(config, "translated.jsonl"))
     summary |= {"made": {"with": merge_digest(config), "label": label, "file": file}}
@@ -208,7 +212,7 @@ def put_together(
 
 def show_sample(config: TranslateConfig, shards: Shards, sampled: dict[str, Record]) -> Path:
     """Print the sample beside its translation, and what the whole will take; also as sample.html."""
-    ledger = Ledger(config.prices)
+    ledger = Ledger(config.prices, shards.loading())
     ledger.add(sampled)
     summary, total = ledger.totals(), shards.manifest["unique_characters"]
     summary["time_and_money"]["comparison"] = ledger.comparison(total)
@@ -230,6 +234,8 @@ def check(config: TranslateConfig) -> None:
     check_bounds(config)
     if not all(0 <= price < math.inf for price in config.api_price_per_million_tokens):
         raise UserError("api_price_per_million_tokens: a price is below 0 or no number; correct it")
+    if config.comet_model:
+        check_comet(config.comet_model, config.references)
     missing = [str(path) for path in config.files if not path.is_file()]
     if missing or not config.files:
         raise UserError(f"input: no such file: {', '.join(missing) or 'the list is empty'}; correct it")
@@ -242,7 +248,7 @@ def check(config: TranslateConfig) -> None:
 
 def identity(config: TranslateConfig, language: Language) -> Row:
     """What makes a run this one and no other; prices, batches and what comes last may change."""
-    names = ("engine", "errors", "tasks", "max_chars", "shard_size", "max_attempts")
+    names = "engine errors tasks max_chars translate_json shard_size max_attempts".split()
     settings = {name: getattr(config, name) for name in names}
     files = {str(number): sha256(path) for number, path in enumerate(config.files)}
     return {"format_version": 1, **settings, "language": dataclasses.asdict(language), "input": files}
@@ -263,11 +269,11 @@ def taken_apart(
     config: TranslateConfig, doing: str, stop: Stop
 ) -> Iterator[tuple[str, Row, str | None, Parts]]:
     """(file and line, row, task that keeps it from being translated, its texts in pieces) of all rows."""
-    rows = ((path, *row) for path in config.files for row in read_rows(path, config.errors))
-    for path, line, row in tqdm(rows, desc=doing, unit=" rows", disable=None if is_first() else True):
+    rows = pipeline.read_input(config.files, config.errors)
+    for where, row in tqdm(rows, desc=doing, unit=" rows", disable=None if is_first() else True):
         stop.check()
-        where = f"{path}, line {line}"
-        task, parts = pipeline.take_apart(row, where, config.max_chars)
+        options = {"max_chars": config.max_chars, "json_strings": config.translate_json}
+        task, parts = pipeline.take_apart(row, where, **options)
         yield where, row, task, parts if task is None or config.tasks == "translate" else {}
 
 
@@ -277,7 +283,8 @@ def merge_digest(config: TranslateConfig) -> str:
     files = [str(config.corrections or ""), config.references or ""]
     digests = [sha256(Path(name)) if Path(name).is_file() else None for name in files]
     values = {name: getattr(config, name) for name in names} | {"files": digests}
-    return json_digest(values | {"prices": dataclasses.astuple(config.prices)})
+    values |= {"prices": dataclasses.astuple(config.prices), "comet_model": str(config.comet_model)}
+    return json_digest(values)
 
 
 def is_merged(config: TranslateConfig) -> bool:

@@ -16,8 +16,7 @@ from typing import Any
 
 from phoenix.data.reading import read_rows
 from phoenix.files import UserError
-from phoenix.translate import fields
-from phoenix.translate.checks import register
+from phoenix.translate import checks, fields
 from phoenix.translate.claims import writing
 from phoenix.translate.language import Language
 from phoenix.translate.pipeline import Parts, Record, identify, read_record, record_line
@@ -31,10 +30,7 @@ class Translations:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.prefixes, self.places = (
-            array("Q"),
-            array("Q", [0]),
-        )  # first 8 bytes of an id; where each line ends
+        self.prefixes, self.places = array("Q"), array("Q", [0])  # first 8 bytes of ids; where lines end
         with writing(folder):
             self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
 
@@ -90,7 +86,7 @@ class Assembler:
         texts = {path: join(text, answers) for path, text in parts.items()}
         flags = Counter(flag for source in pieces for flag in records[source].flags)
         notes = {"segments": len(pieces), "kept_in_source": len(failed), "flags": dict(sorted(flags.items()))}
-        notes |= {"register": register(list(texts.values()), self.language), "task": task}
+        notes |= {"register": checks.register(list(texts.values()), self.language), "task": task}
         return "written", {**fields.with_texts(row, texts), "translation": {**self.label, **notes}}
 
     def _corrected(self, part: str | Piece) -> str | Piece:
@@ -119,11 +115,11 @@ def read_corrections(path: Path | None) -> dict[str, str]:
 class References:
     """Human translations of the texts of each row: in a field of the row, or in a file of the same rows.
 
-    Iterate beside the rows, then `add`; pairs: (translation, reference).
+    Iterate beside the rows, then `add`; texts: (source, translation, reference).
     """
 
     def __init__(self, name: str | None) -> None:
-        self.name, self.pairs = name, []
+        self.name, self.texts = name, []
 
     def __iter__(self) -> Iterator[Row | None]:
         """The rows of the file; None for each row if it is a field, or nothing."""
@@ -144,4 +140,13 @@ class References:
         if not isinstance(found, list) or len(found) != len(paths):
             what = f"{len(paths)} texts, but no reference for each in {self.name}"
             raise UserError(f"{where}: has {what}; correct it, or leave references out")
-        self.pairs += [(fields.get(translated, path), text) for path, text in zip(paths, found)]
+        pairs = zip(paths, found)
+        self.texts += [(fields.get(row, path), fields.get(translated, path), text) for path, text in pairs]
+
+    def scores(self, comet_model: Path | None) -> dict[str, Any]:
+        """{"scores": chrF, BLEU and, with a model, COMET of all texts together}; {} without references."""
+        if not self.texts:
+            return {}
+        _, translations, references = zip(*self.texts)
+        comet = checks.comet_score(self.texts, comet_model) if comet_model else {}
+        return {"scores": checks.score(translations, references) | comet}

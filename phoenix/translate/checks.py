@@ -8,10 +8,12 @@ years; `docs/translate.md` says how often each flag is wrong there, and what it 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phoenix.data.language import loops, prose, reply_language, words
@@ -79,15 +81,40 @@ def score(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, Any
     Needs sacrebleu (extra `translate`).  Raises ValueError if the numbers of lines differ or are 0.
     """
     if len(hypotheses) != len(references) or not hypotheses:
-        raise ValueError(
-            f"got {len(hypotheses)} hypotheses and {len(references)} references; expected as many"
-        )
+        raise ValueError(f"got {len(hypotheses)} hypotheses and {len(references)} references")
     metrics = require("sacrebleu.metrics", extra="translate")
     result: dict[str, Any] = {}
     for name, metric in (("chrf", metrics.CHRF()), ("bleu", metrics.BLEU())):
         result[name] = metric.corpus_score(list(hypotheses), [list(references)]).score
         result[f"{name}_signature"] = str(metric.get_signature())
     return result
+
+
+def check_comet(model: Path, references: str | None) -> None:
+    """UserError if `comet_score` could not score in the end."""
+    if importlib.util.find_spec("comet") is None:
+        raise UserError(
+            "comet_model needs the package unbabel-comet, which wants an older numpy; put the rows together "
+            "in an environment of its own (pip install unbabel-comet phoenix-lm), or leave comet_model out"
+        )
+    if not (model.is_file() and references):
+        raise UserError(f"comet_model: {model} is no file, or references are not stated; correct that")
+
+
+def comet_score(texts: Iterable[tuple[str, str, str]], model: Path) -> dict[str, Any]:
+    """COMET's system score of (source, hypothesis, reference), on the processor: {"comet", "comet_model"}.
+
+    model: a checkpoint as comet 2 keeps it, hparams.yaml one folder above; comet loads it, nothing of it is
+    fetched.
+    """
+    rows = [dict(zip(("src", "mt", "ref"), row)) for row in texts]
+    try:
+        scorer = importlib.import_module("comet").load_from_checkpoint(str(model), local_files_only=True)
+        score = scorer.predict(rows, batch_size=8, gpus=0).system_score
+    except Exception as error:  # comet itself raises Exception
+        words = " ".join(str(error).split())[:300]
+        raise UserError(f"comet cannot score with {model}: {words}; leave comet_model out") from error
+    return {"comet": float(score), "comet_model": str(model)}
 
 
 def _left_in_source(source: str, reply: str, language: Language) -> bool:
@@ -213,12 +240,8 @@ def _readings(number: str) -> set[tuple[str, ...]]:
     readings = {tuple(_parts(number))}
     for end in (len(parts), len(parts) - 1):
         grouped = end >= 2 and len(parts[0]) <= 3 and all(len(part) == 3 for part in parts[1:end])
-        if (
-            grouped
-            and len(set(marks[: end - 1])) == 1
-            and marks[0] not in ":/-"
-            and marks[end - 1 :] != marks[:1]
-        ):
+        is_group = grouped and len(set(marks[: end - 1])) == 1 and marks[0] not in ":/-"
+        if is_group and marks[end - 1 :] != marks[:1]:
             readings.add(("".join(parts[:end]), *parts[end:]))
     if re.fullmatch(r"\d0", parts[-1]):  # 1.8 m: 1,80 m
         readings |= {(*one[:-1], parts[-1][0]) for one in readings if len(one) > 1}
@@ -235,20 +258,14 @@ def _answers(source: str, reply: str, language: Language) -> bool:
         return True
     if "\n" in reply or (_sentences(reply) > _sentences(source) and len(reply) > 1.5 * len(source)):
         return True
-    return reply.lstrip("\"„“«'*").startswith((*language.answers, *_OPENINGS)) and not _POLITE.search(
-        source[:30]
-    )
+    answers = reply.lstrip("\"„“«'*").startswith((*language.answers, *_OPENINGS))
+    return answers and not _POLITE.search(source[:30])
 
 
 def _leaks(source: str, reply: str, language: Language) -> bool:
     """Labels and orders of the prompt, or control tokens of a chat template, that the source has not."""
-    labels = (
-        f"{language.source}:",
-        f"{language.name}:",
-        f"to {language.name}",
-        "Translate this",
-        *language.leaks,
-    )
+    labels = [f"{language.source}:", f"{language.name}:", f"to {language.name}", "Translate this"]
+    labels += language.leaks
     leaks, leaked = ([label for label in labels if label.lower() in text.lower()] for text in (source, reply))
     if leaked and not leaks:
         return True
@@ -333,9 +350,7 @@ _MOJIBAKE = re.compile(
 )
 _CONTROL = re.compile(r"<\|\w+\|>|\[/?INST\]|</?s>|<</?SYS>>|### ")
 _QUOTED = re.compile(r"„[^“”\"]{0,999}[“”\"]|“[^”]{0,999}”|\"[^\"\n]{0,999}\"|«[^»]{0,999}»|»[^«]{0,999}«")
-_OPENINGS = tuple(
-    "Sure,|Sure!|Of course|Certainly|Here is|Here's|Here are|As an AI|I'm sorry|I cannot".split("|")
-)
+_OPENINGS = "Sure,|Sure!|Of course|Certainly|Here is|Here's|Here are|As an AI|I'm sorry|I cannot".split("|")
 # What such an opening may translate.
 _POLITE = re.compile(
     r"\b(?:sure|of course|certain\w*|absolutely|here|this is|that's|these are|sorry|apolog\w+|can|cannot"

@@ -7,14 +7,16 @@ The claim with the highest number counts.  It is created exclusively, so of seve
 wins, and nobody touches the claim of another, so none can be taken away from a process that has just won it.
 A thread touches the claim of a living process.  A claim is stale when its time stayed the same for
 `stale_after` seconds of the observer's own clock (the clocks of machines differ), and at once if its process
-ran on this machine and is gone.
+ran on this machine and is gone.  Where an engine hangs its process lives: the thread ends it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -28,11 +30,13 @@ GIVEN_UP = (0, 0)  # access and modification time of a claim whose process needs
 class Claims:
     """The claims in one folder, as one process sees them; it holds one of them at most.
 
-    stale_after: seconds without a sign of life.  Use it as a context: at the end what it holds is given up.
+    stale_after: seconds without a sign of life; patience: seconds from `expect` until this process is taken
+    for hung, 0 for ever.  Use it as a context: at the end what it holds is given up.
     """
 
-    def __init__(self, folder: Path, stale_after: float = 60.0) -> None:
-        self.folder, self.stale_after = Path(folder), stale_after
+    def __init__(self, folder: Path, stale_after: float = 60.0, patience: float = 0.0) -> None:
+        self.folder, self.stale_after, self.patience = Path(folder), stale_after, patience
+        self._deadline = math.inf
         self.held: Path | None = None
         self._last_seen: dict[str, tuple[int, float]] = {}  # claim -> its time, and since when on our clock
         self._ended, self._lock = threading.Event(), threading.Lock()
@@ -68,9 +72,13 @@ class Claims:
         name, _, number = self.held.name.rpartition(".")
         return not self.held.with_name(f"{name}.{int(number) + 1}").exists()
 
+    def expect(self) -> None:
+        """The next sign of progress, another call or `give_up`, must come within `patience`."""
+        self._deadline = time.monotonic() + (self.patience or math.inf)
+
     def give_up(self) -> None:
         with self._lock:
-            held, self.held = self.held, None
+            self._deadline, held, self.held = math.inf, self.held, None
             if held:
                 with contextlib.suppress(OSError):  # then it becomes stale
                     os.utime(held, GIVEN_UP)
@@ -99,8 +107,19 @@ class Claims:
     def _beat(self) -> None:
         while not self._ended.wait(self.stale_after / 6):
             with self._lock, contextlib.suppress(OSError):
+                if time.monotonic() > self._deadline:
+                    self._end()
                 if self.held:
                     os.utime(self.held)
+
+    def _end(self) -> None:
+        """At once: what hangs in an engine hears neither an exception nor a signal."""
+        try:
+            what = f"{self.held.stem}: no answer to a batch in {self.patience:g} s, so this process ends"
+            then = "start it again; if the engine is only slow, with a higher batch_timeout"
+            print(f"\nerror: {what}; {then}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(1)
 
 
 @contextlib.contextmanager

@@ -65,9 +65,8 @@ def _checked(path: Path, values: dict[str, Any]) -> dict[str, Any]:
             what = "is missing" if name in fields else f"is unknown; fields are {', '.join(fields)}"
             raise UserError(f"{path}: the field {name!r} {what}")
         if not _KINDS[fields[name].type](values[name]):
-            raise UserError(
-                f"{path}: {name} is {values[name]!r:.80}; expected {_EXPECTED[fields[name].type]}"
-            )
+            expected = _EXPECTED[fields[name].type]
+            raise UserError(f"{path}: {name} is {values[name]!r:.80}; expected {expected}")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 

@@ -36,9 +36,10 @@ class Prices:
 
 @dataclass
 class Ledger:
-    """Sums over segments."""
+    """Sums over segments.  loading: seconds of each loading of an engine, which all GPUs wait for."""
 
     prices: Prices
+    loading: list[float] = field(default_factory=list)
     segments: int = 0
     failed: int = 0
     characters: int = 0
@@ -68,46 +69,41 @@ class Ledger:
                 if len(shown) < EXAMPLES:
                     shown.append((source, record.text))
 
-    @property
-    def gpu_seconds(self) -> float:
-        return self.seconds * self.prices.gpus
+    def gpu_hours(self, share: float = 1.0) -> float:
+        """Of so many times this text; engines are loaded once."""
+        return (share * self.seconds + sum(self.loading)) * self.prices.gpus / 3600
 
-    @property
-    def cost(self) -> float:
-        """In EUR."""
+    def cost(self, share: float = 1.0) -> float:
+        """In EUR, of so many times this text."""
         prompt, reply = self.prices.api_million_tokens
         tokens = self.prompt_tokens * prompt + self.completion_tokens * reply
         api = self.characters * self.prices.api_character + tokens / 1e6
-        return api + self.gpu_seconds / 3600 * self.prices.gpu_hour
+        return share * api + self.gpu_hours(share) * self.prices.gpu_hour
 
     def totals(self) -> dict[str, Any]:
         """For ledger.json; all that is time, or follows from it, stands under "time_and_money"."""
-        names = (
-            "segments",
-            "failed",
-            "characters",
-            "translated_characters",
-            "prompt_tokens",
-            "completion_tokens",
-        )
-        counts = {name: getattr(self, name) for name in names}
+        names = "segments failed characters translated_characters prompt_tokens completion_tokens"
+        counts = {name: getattr(self, name) for name in names.split()}
         counts |= {name: dict(sorted(getattr(self, name).items())) for name in ("flags", "attempts")}
-        spent = {"seconds": round(self.seconds, 3), "gpu_seconds": round(self.gpu_seconds, 3)}
+        spent = {"engines_loaded": len(self.loading)}
+        for name, seconds in (("", self.seconds), ("loading_", sum(self.loading))):
+            spent[f"{name}seconds"] = round(seconds, 3)
+            spent[f"{name}gpu_seconds"] = round(seconds * self.prices.gpus, 3)
         spent["characters_per_second"] = round(self.characters / self.seconds, 1) if self.seconds else None
-        spent |= {"eur": round(self.cost, 6), "comparison": self.comparison()}
+        spent |= {"eur": round(self.cost(), 6), "comparison": self.comparison()}
         return {**counts, "time_and_money": spent}
 
     def comparison(self, characters: int | None = None) -> list[dict[str, Any]]:
         """The paper's comparison for so many characters, at this run's rate; none: for those that it had."""
         characters = self.characters if characters is None else characters
         share = characters / self.characters if self.characters else 0.0
-        if self.gpu_seconds:
-            hours, rate = share * self.gpu_seconds / 3600, "at the rate of this run"
+        if self.seconds * self.prices.gpus:
+            hours, rate = self.gpu_hours(share), "at the rate of this run"
         else:
             hours, rate = characters / GPU_CHARACTERS / 3600, "at the paper's rate"
         rented = f"{hours:.3g} h at {GPU_HOUR:.2f} EUR, {rate}"
         return [
-            {"way": "this run", "basis": self._basis(share), "eur": round(share * self.cost, 4)},
+            {"way": "this run", "basis": self._basis(share), "eur": round(self.cost(share), 4)},
             {"way": "rented GPU", "basis": rented, "eur": round(hours * GPU_HOUR, 4)},
             {
                 "way": "DeepL API Pro", "basis": f"{characters:,} characters at {DEEPL_CHARACTER:.5f} EUR",
@@ -116,7 +112,7 @@ class Ledger:
         ]  # fmt: skip
 
     def _basis(self, share: float) -> str:
-        hours = share * self.gpu_seconds / 3600
+        hours = self.gpu_hours(share)
         parts = [f"{hours:.3g} GPU hours at {self.prices.gpu_hour:.2f} EUR"] if hours else []
         if self.prices.api_character:
             parts.append(f"characters at {self.prices.api_character:.3g} EUR")
@@ -146,7 +142,7 @@ class Progress:
         rate = self.ledger.characters / max(self.ledger.seconds, 1e-9)
         self.bar.set_postfix_str(
             f"about {self.rows * self.bar.n // max(self.bar.total, 1)} of {self.rows} rows, "
-            f"{rate:.0f} characters/s, {sum(self.ledger.flags.values())} flags, {self.ledger.cost:.2f} EUR",
+            f"{rate:.0f} characters/s, {sum(self.ledger.flags.values())} flags, {self.ledger.cost():.2f} EUR",
             refresh=False,
         )
 

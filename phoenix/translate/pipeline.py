@@ -3,7 +3,8 @@
     run.json      what the run is: a process with another config is refused
     segments/     the unique sources in the order of their ids, cut into shards; manifest.json counts them
     claims/       who works on what (claims.py)
-    journal/      a file a shard and process: a line an attempt at a segment, synced after each batch
+    journal/      a file a shard and process: a line an attempt at a segment, synced after each batch; and a
+                  file an engine: how long it took to load
     done/         a file a finished shard: a line a segment, in the order of the shard
     translated.jsonl, ledger.json, report.html
 
@@ -28,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from phoenix.data.reading import read_rows
 from phoenix.files import (
     Interrupted,
     UserError,
@@ -110,9 +112,7 @@ def compare(path: Path, wanted: dict[str, Any]) -> None:
     for name, value in wanted.items():
         if found.get(name) != value:
             was = f"{name} {found.get(name)!r:.80}, and this one has {value!r:.80}"
-            raise UserError(
-                f"{path.parent} holds a run with {was}; choose another output, or set it as it was"
-            )
+            raise UserError(f"{path.parent} holds a run with {was}; choose another output, or set it back")
 
 
 def agree(path: Path, value: dict[str, Any], claims: Claims, stop: Stop) -> None:
@@ -138,17 +138,27 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 # 1. Rows -> unique segments.
 
 
-def take_apart(row: dict[str, Any], where: str, max_chars: int) -> tuple[str | None, Parts]:
+def read_input(files: Iterable[Path], errors: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file, line", row) of all rows."""
+    for path in files:
+        try:
+            yield from ((f"{path}, line {line}", row) for line, row in read_rows(path, errors))
+        except UserError as error:
+            if isinstance(error.__context__, UnicodeDecodeError):
+                raise UserError(f"{error}, or set errors=replace to get U+FFFD in its place") from None
+            raise
+
+
+def take_apart(row: dict[str, Any], where: str, **options: Any) -> tuple[str | None, Parts]:
     """The task of a row that translation destroys, if it has one, and its texts, cut into pieces.
 
-    where: file and line, for the UserError if the row has no text.
+    where: file and line, for the UserError if the row has no text; options: of `split`.
     """
     if "translation" in row:
         raise UserError(f"{where}: has a field 'translation' already, where the record goes; rename it")
     try:
         texts = {path: fields.get(row, path) for path in fields.text_fields(row)}
-        parts = {path: split(text, max_chars=max_chars) for path, text in texts.items()}
-        return fields.untranslatable(row), parts
+        return fields.untranslatable(row), {path: split(text, **options) for path, text in texts.items()}
     except ValueError as error:
         raise UserError(f"{where}: {error}; convert or remove the row") from None
 
@@ -178,9 +188,7 @@ def collect(folder: Path, rows: Iterable[tuple[str, dict, str | None, Parts]], s
             shards.append(len(shard))
             counts["unique_characters"] += sum(map(len, shard))
         if not counts["rows"]:
-            raise UserError(
-                "input: the files hold no row at all; expected rows of a known format; give others"
-            )
+            raise UserError("input: the files hold no row; expected rows of a known format; give others")
         manifest = {**counts, "unique": sum(shards), "tasks": dict(sorted(tasks.items())), "shards": shards}
         write_json(target / "manifest.json", manifest | {"digest": json_digest(manifest)})
 
@@ -227,10 +235,8 @@ class Translator:
     def _record(self, piece, parts, replies, seconds, history) -> Record:
         attempt, old = history
         mine = [replies[part.source] for part in parts if isinstance(part, Piece)]
-        if parts == [piece]:
-            text = mine[0].text
-        else:
-            text = join(parts, {source: reply.text for source, reply in replies.items()})
+        is_whole = parts == [piece]
+        text = mine[0].text if is_whole else join(parts, {s: reply.text for s, reply in replies.items()})
         finish_reason = next((r.finish_reason for r in mine if r.finish_reason != "stop"), "stop")
         is_copy = self.engine.name == "identity"  # what does not translate is not judged
         flags = () if is_copy else tuple(check(piece, text, finish_reason, self.language))
@@ -287,10 +293,6 @@ class Shards:
                         found[identity] = record
         return {s: found[i] for s in self.sources(number) if (i := identify(s).hex()) in found}
 
-    def unfinished(self, number: int, max_attempts: int) -> dict[str, Record]:
-        """Of a shard that is not done: the segments that need no other attempt."""
-        return final(self.journalled(number), max_attempts)
-
     def finish(self, number: int, records: Mapping[str, Record]) -> None:
         """Write done/ of a shard, in its order, and remove its journal."""
         with atomic_write(self._done(number), "wb") as file:
@@ -310,11 +312,21 @@ class Shards:
         if None not in records.values():
             return records
         with writing(self._done(number)):
-            os.replace(self._done(number), self._new_journal(number))
+            os.replace(self._done(number), self._new_journal(shard_name(number)))
         return {}
 
     def journal(self, number: int) -> Journal:
-        return Journal(self._new_journal(number))
+        return Journal(self._new_journal(shard_name(number)))
+
+    def book_loading(self, seconds: float) -> None:
+        """An engine was loaded."""
+        with atomic_write(self._new_journal("loading"), "wb") as file:
+            file.write(to_line({"seconds": round(seconds, 3)}))
+
+    def loading(self) -> list[float]:
+        """Seconds of each loading of an engine, of all processes that there were."""
+        paths = sorted((self.folder / "journal").glob("loading.*"))
+        return [line["seconds"] for path in paths for line in read_lines(path)]
 
     def _done(self, number: int) -> Path:
         return self.folder / "done" / f"{shard_name(number)}.jsonl"
@@ -322,9 +334,9 @@ class Shards:
     def _journals(self, number: int) -> list[Path]:
         return sorted((self.folder / "journal").glob(f"{shard_name(number)}.*"))
 
-    def _new_journal(self, number: int) -> Path:
+    def _new_journal(self, name: str) -> Path:
         rank, who = os.environ.get("RANK", "0"), f"{os.uname().nodename}-{os.getpid()}"
-        return self.folder / "journal" / f"{shard_name(number)}.{who}-{rank}-{time.time_ns()}.jsonl"
+        return self.folder / "journal" / f"{name}.{who}-{rank}-{time.time_ns()}.jsonl"
 
 
 class Journal:
@@ -385,6 +397,7 @@ class Worker:
                 self.stop.check()
                 if not self.claims.is_held():
                     return records
+                self.claims.expect()
                 self.stop.in_flight = True
                 try:
                     answered = self.translator(batch)
@@ -411,9 +424,7 @@ class Worker:
 
 
 def _damaged(path: Path) -> UserError:
-    return UserError(
-        f"{path}: is damaged; remove {path.parent}, and the same command makes it again, and goes on"
-    )
+    return UserError(f"{path}: is damaged; remove {path.parent}, and the same command makes it again")
 
 
 def final(records: Mapping[str, Record], max_attempts: int) -> dict[str, Record]:

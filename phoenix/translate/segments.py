@@ -11,6 +11,7 @@ No regular expression here takes more than linear time on any text: quantifiers 
 that is not closed ends where the next one opens.
 """
 
+import itertools
 import json
 import re
 from bisect import bisect_right
@@ -28,10 +29,13 @@ class Piece:
 
     source: holds a letter, no control character (so no line break), no half of a surrogate pair, and mark(i)
     in the place of each protected span; spans: what mark 1, 2, ... stand for, in the order of the source.
+    in_json: how the piece is written in the JSON string that it stands in, if it does; the spans then have
+    that string's escapes too.
     """
 
     source: str
     spans: tuple[str, ...] = ()
+    in_json: str = ""
 
 
 def mark(number: int) -> str:
@@ -39,15 +43,23 @@ def mark(number: int) -> str:
     return f"[[{number}]]"
 
 
-def split(text: str, *, max_chars: int = 600) -> list[str | Piece]:
+def split(text: str, *, max_chars: int = 600, json_strings: bool = False) -> list[str | Piece]:
     """Cut a text into parts that stay as they are (str) and pieces for the engine.
 
     max_chars: of a piece's source; a longer line is cut at sentence ends, else at clauses, else between
-    words; a single longer word stays whole.  A text that is JSON as a whole is kept.
+    words; a single longer word stays whole.  JSON, the whole text or in it, is kept; with json_strings the
+    values in it that are strings of several words are cut as texts of their own.
     join(split(text), {each source: itself}) is `text`, for every str.  Raises ValueError for max_chars < 1.
     """
     if max_chars < 1:
         raise ValueError(f"max_chars is {max_chars}; expected 1 or more")
+    if json_strings:
+        parts, begin = [], 0
+        for start, end in [(0, len(text))] if _is_json(text) else _protected(text):
+            if '"' in text[start:end] and _is_json(text[start:end]):
+                parts += split(text[begin:start], max_chars=max_chars) + _values(text[start:end], max_chars)
+                begin = end
+        return _compact(parts + split(text[begin:], max_chars=max_chars))
     if _is_json(text):
         return [text]
     spans, masked = [], []  # masked: text with marks, block, text with marks, block, ..., text with marks
@@ -74,8 +86,7 @@ def join(parts: Sequence[str | Piece], translations: Mapping[str, str]) -> str:
 
     A mark that the piece has no span for stays as it is.  Raises KeyError for a source without translation.
     """
-    texts = (p if isinstance(p, str) else _restore(translations[p.source], p.spans) for p in parts)
-    return "".join(texts)
+    return "".join(p if isinstance(p, str) else _filled(p, translations[p.source]) for p in parts)
 
 
 def smaller(piece: Piece) -> list[str | Piece]:
@@ -94,6 +105,14 @@ def smaller(piece: Piece) -> list[str | Piece]:
                 parts += [*_segment(text[begin:start], (), len(text) + 1), text[start:end]]
                 begin = end
     return _compact(parts)
+
+
+def _filled(piece: Piece, translation: str) -> str:
+    """What stands in the text in place of a piece; in JSON with the escapes that it needs there."""
+    if piece.in_json and translation == piece.source:
+        return piece.in_json
+    text = json.dumps(translation, ensure_ascii=False)[1:-1] if piece.in_json else translation
+    return _restore(text, piece.spans)
 
 
 def _restore(text: str, spans: Sequence[str]) -> str:
@@ -232,6 +251,34 @@ def _json_end(text: str, start: int) -> int | None:
 def _is_json(text: str) -> bool:
     stripped = text.strip()
     return stripped[:1] in ("{", "[") and _json_end(stripped, 0) == len(stripped)
+
+
+VALUE = re.compile(r'"((?:[^"\\]++|\\.)*+)"(\s*+:)?')  # group 2: it is a key
+WORD = re.compile(r"\W*+[^\W\d_]++(?:['’-][^\W\d_]++)*+\W*+")
+CHARACTER = re.compile(r"\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\u....|\\?.")  # as a JSON string may write it
+
+
+def _values(text: str, max_chars: int) -> list[str | Piece]:
+    """JSON -> its parts: of each value that is a string of words, what `split` makes of it.
+
+    One word alone is taken for an identifier, as are those with "_" or digits.
+    """
+    parts, begin = [], 0
+    for string in VALUE.finditer(text):
+        value = json.loads(f'"{string[1]}"')
+        words = value.split()
+        if string[2] or len(words) < 2 or not any(map(WORD.fullmatch, words)):
+            continue
+        parts.append(text[begin : string.start(1)])
+        written = iter(CHARACTER.findall(string[1]))
+        for part in split(value, max_chars=max_chars):
+            texts = MARK.split(part.source) if isinstance(part, Piece) else [part]
+            texts[1::2] = [part.spans[int(number) - 1] for number in texts[1::2]]
+            texts = ["".join(itertools.islice(written, len(each))) for each in texts]
+            whole = "".join(texts)
+            parts.append(Piece(part.source, tuple(texts[1::2]), whole) if isinstance(part, Piece) else whole)
+        begin = string.end(1)
+    return [*parts, text[begin:]]
 
 
 def _is_prose(math: str) -> bool:

@@ -7,12 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from phoenix.config import load_config
 from phoenix.files import UserError
+from phoenix.translate.checks import score
 from phoenix.translate.segments import Piece, split
 
 ROOT = Path(__file__).parents[2]
@@ -129,7 +131,9 @@ def test_a_sample_is_shown_with_an_estimate_and_counts_for_the_whole(configure, 
     said = capsys.readouterr().out
     assert said.count("\n- ") + said.startswith("- ") == 3 and "estimate for all 5 segments" in said
     assert page.exists() and not (config.output / "translated.jsonl").exists()
-    assert len(b"".join(file.read_bytes() for file in config.output.glob("journal/*")).splitlines()) == 3
+    assert (
+        len(b"".join(file.read_bytes() for file in config.output.glob("journal/shard-*")).splitlines()) == 3
+    )
     partial = translate.main(dataclasses.replace(config, merge="partial"))
     assert partial.name == "translated.partial.jsonl" and len(read(partial)) < 2
     assert translate.main(config).exists()
@@ -137,22 +141,88 @@ def test_a_sample_is_shown_with_an_estimate_and_counts_for_the_whole(configure, 
     assert complete.read_bytes() == (config.output / "translated.jsonl").read_bytes()
 
 
+def test_strings_in_json_are_translated_if_asked_for(configure):
+    timetable = GREETINGS[ASKED[2]].replace("[[1]]", "https://example.org/a")
+    before = {"id": "to_do", ASKED[0]: [ASKED[0], 1.50, None, {"say": f"{TIMETABLE}\n- {ASKED[3]}"}]}
+    after = before | {
+        ASKED[0]: [GREETINGS[ASKED[0]], 1.5, None, {"say": f"{timetable}\n- {GREETINGS[ASKED[3]]}"}]
+    }
+    rows = [{"text": json.dumps(before, indent=2)}]
+    config = configure(rows, translate_json=True)
+    [row] = read(translate.main(config))
+    assert row["text"] == json.dumps(after, indent=2, ensure_ascii=False)
+    assert row["translation"]["segments"] == 3 and row["translation"]["kept_in_source"] == 0
+    with pytest.raises(UserError, match="holds a run with translate_json True, and this one has False"):
+        translate.main(dataclasses.replace(config, translate_json=False))
+
+
 def test_references_give_the_scores_of_sacrebleu(configure, tmp_path):
     rows = [{"text": source, "reference": text.replace("Sie", "ihr")} for source, text in GREETINGS.items()]
     path = translate.main(configure(rows[:2], references="reference"))
     scores = json.loads((path.parent / "ledger.json").read_text())["scores"]
-    expected = translate.checks.score(list(GREETINGS.values())[:2], [row["reference"] for row in rows[:2]])
+    expected = score(list(GREETINGS.values())[:2], [row["reference"] for row in rows[:2]])
     assert scores == expected and 0 < scores["bleu"] < 100
     files = write(tmp_path / "human.jsonl", [{"text": row["reference"]} for row in rows[:2]])
     path = translate.main(configure(rows[:2], references=str(files)))
     assert json.loads((path.parent / "ledger.json").read_text())["scores"] == expected
 
 
-def test_money_is_counted_and_compared(configure):
+COMET = """
+class Model:
+    def predict(self, rows, batch_size, gpus):
+        assert all(set(row) == {"src", "mt", "ref"} for row in rows)
+        self.system_score = sum(row["src"] != row["mt"] == row["ref"] for row in rows) / len(rows)
+        return self
+def load_from_checkpoint(path, local_files_only):
+    if open(path).read() != "weights":
+        raise Exception("hparams.yaml file\\nis missing")
+    return Model()
+"""
+
+
+def test_comet_scores_where_it_is_installed_and_a_model_is_stated(configure, tmp_path, monkeypatch):
+    rows = [{"text": source, "reference": text} for source, text in GREETINGS.items()]
+    rows[0]["reference"] = "Guten Tag."
+    model = tmp_path / "model.ckpt"
+    config = configure(rows, references="reference", comet_model=model)
+    with pytest.raises(UserError, match=r"needs the package unbabel-comet, .* environment of its own"):
+        translate.main(config)
+    assert not config.output.exists()
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "comet.py").write_text(COMET)
+    monkeypatch.syspath_prepend(tmp_path / "packages")
+    with pytest.raises(UserError, match=r"model.ckpt is no file"):
+        translate.main(config)
+    model.write_text("other")
+    with pytest.raises(
+        UserError, match=r"comet cannot score with .*model.ckpt: hparams.yaml file is missing"
+    ):
+        translate.main(config)
+    model.write_text("weights")
+    scores = json.loads((translate.main(config).parent / "ledger.json").read_text())["scores"]
+    assert scores["comet"] == 0.8 and scores["comet_model"] == str(model) and 0 < scores["chrf"] < 100
+    translate.main(dataclasses.replace(config, comet_model=None))
+    assert "comet" not in json.loads((config.output / "ledger.json").read_text())["scores"]
+
+
+def test_money_is_counted_and_compared(configure, monkeypatch):
+    def slow_to_load(config, language):
+        time.sleep(0.3)
+        return open_engine(config, language)
+
+    open_engine = translate.open_engine
+    monkeypatch.setattr(translate, "open_engine", slow_to_load)
     config = configure(gpus=2.0, gpu_price_per_hour=3.0, api_price_per_character=0.01)
+    translate.main(dataclasses.replace(config, sample=1))
     spent = json.loads((translate.main(config).parent / "ledger.json").read_text())["time_and_money"]
     characters = sum(map(len, GREETINGS))
-    assert spent["eur"] == pytest.approx(0.01 * characters + spent["gpu_seconds"] / 3600 * 3, abs=1e-5)
+    assert spent["engines_loaded"] == 2 and 0.6 <= spent["loading_seconds"] < 10
+    assert spent["loading_gpu_seconds"] == pytest.approx(2 * spent["loading_seconds"], abs=1e-3)
+    assert spent["gpu_seconds"] == pytest.approx(2 * spent["seconds"], abs=2e-3)
+    hours = (spent["gpu_seconds"] + spent["loading_gpu_seconds"]) / 3600
+    assert spent["eur"] == pytest.approx(0.01 * characters + 3 * hours, abs=1e-5)
+    assert spent["comparison"][0]["eur"] == pytest.approx(spent["eur"], abs=1e-4)
+    assert spent["comparison"][1]["eur"] == pytest.approx(2 * hours, abs=1e-4)
     assert [line["way"] for line in spent["comparison"]] == ["this run", "rented GPU", "DeepL API Pro"]
     assert spent["comparison"][2]["eur"] == pytest.approx(characters * 0.00002, abs=1e-4)
 
@@ -222,7 +292,7 @@ def test_other_rows_or_another_table_are_another_config(configure):
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        (b'{"text": "\xff"}', r"line 2: .*byte 28 of the file"),
+        (b'{"text": "\xff"}', r"line 2: .*byte 28 of the file.* or set errors=replace"),
         (b'{"text": "cut', r"line 2: cannot be read \(JSONDecodeError"),
         (b'{"a": 1, "b": 2}', r"line 2: .*text"),
         (b'{"text": "a", "translation": "b"}', r"line 2: has a field 'translation' already"),

@@ -1,8 +1,10 @@
 """recipes/translate.py with an engine that is slow, deterministic and logs each segment and attempt.
 
 It translates the sentences of `pair`; of every seventh the first reply is empty, of every 31st each one.
+Where there is a file "hang" beside the log, the first engine that comes removes it, and hangs.
 """
 
+import contextlib
 import os
 import re
 import sys
@@ -29,12 +31,16 @@ class LoggedEngine:
 
     def __init__(self, log: str, seconds: float) -> None:
         self.log, self.seconds = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), seconds
+        self.hang = Path(log).with_name("hang")
 
     def settings(self):
         return {"engine": self.name}
 
     def translate(self, sources, *, attempt=0):
         os.write(self.log, "".join(f"{attempt} {source}\n" for source in sources).encode())
+        with contextlib.suppress(FileNotFoundError):
+            self.hang.unlink()
+            time.sleep(1000)
         time.sleep(self.seconds)
         return [self.reply(source, attempt) for source in sources]
 

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -160,16 +161,31 @@ def test_a_signal_stops_after_the_batch_and_loses_nothing(whole, runs):
     assert runs.result() == whole.result() and runs.asked() == whole.asked()
 
 
+def test_a_process_whose_engine_hangs_ends_and_the_other_does_all(whole, runs):
+    processes = [runs.start(batch_timeout=4), runs.start(batch_timeout=4)]
+    runs.wait_for(40, processes)
+    runs.log.with_name("hang").touch()
+    for process in processes:
+        process.join(60)
+    output = runs.said.read_text()
+    assert sorted(process.exitcode for process in processes) == [0, 1] and "Traceback" not in output, output
+    said = r"\nerror: shard-0000\d: no answer to a batch in 4 s, so this process ends; start it again; .*\n"
+    assert re.search(said, output) and output.count("error:") == 1, output
+    assert runs.result() == whole.result()
+    again = runs.asked() - whole.asked()
+    assert not whole.asked() - runs.asked() and 1 <= sum(again.values()) <= BATCH
+
+
 def test_what_a_kill_cut_off_and_what_a_disk_changed_is_asked_again(whole, runs, draw):
     process = runs.start()
     while not (finished := sorted(runs.folder.glob("done/shard-*"))) or not any(
-        finished[0].stem not in journal.name for journal in runs.folder.glob("journal/*")
+        finished[0].stem not in journal.name for journal in runs.folder.glob("journal/shard-*")
     ):
         time.sleep(0.003)
     process.kill()
     process.join()
     before = runs.asked()
-    journal = next(path for path in runs.folder.glob("journal/*") if finished[0].stem not in path.name)
+    journal = next(path for path in runs.folder.glob("journal/shard-*") if finished[0].stem not in path.name)
     with open(journal, "ab") as file:
         file.write(b'{"check": "00000000", "id": "cut off')
     flipped = 0

@@ -1,5 +1,6 @@
 """Texts in parts: what must stay stays byte for byte, the rest comes back whole, in linear time."""
 
+import json
 import re
 import time
 
@@ -58,6 +59,55 @@ def test_only_letters_of_pieces_change(text):
     changed = round_trip(text, change_letters)
     assert len(changed) == len(text)
     assert all(a == b or (a.isalpha() and b == "ж") for a, b in zip(text, changed))
+
+
+ONE_WORD = st.text(st.sampled_from('aBé"\\/😀`_1.:{}[]\ud800'), max_size=9)
+IDENTIFIERS = st.sampled_from(["a_b, c_d", "12 345", "https://a.b/c x_y", "2024-01-01 10:00", " word\n"])
+WORDS = st.builds('{}\n "plain" `c` https://a.b/c {}word.'.format, ONE_WORD, st.sampled_from("aé\u2028/"))
+LEAF = st.none() | st.integers() | ONE_WORD | IDENTIFIERS | WORDS
+JSON = st.recursive(LEAF, lambda inner: st.lists(inner) | st.dictionaries(ONE_WORD | WORDS, inner))
+
+
+@given(st.lists(JSON) | st.dictionaries(ONE_WORD | WORDS, JSON), st.booleans(), st.sampled_from(["/", "\\/"]))
+def test_of_json_the_values_that_have_words_change_if_asked_for(value, in_ascii, slash):
+    def translated(value):
+        if isinstance(value, str):
+            return round_trip(value, engine) if value.endswith("word.") else value
+        if isinstance(value, dict):
+            return {key: translated(entry) for key, entry in value.items()}
+        return [translated(entry) for entry in value] if isinstance(value, list) else value
+
+    text = json.dumps(value, ensure_ascii=in_ascii, indent=1).replace("/", slash)
+    assert not pieces(split(text)) and round_trip(text, json_strings=True) == text
+    for engine in (str.swapcase, '"\\\n{}ä'.format):
+        changed = round_trip(text, engine, json_strings=True)
+        assert json.loads(changed) == translated(value)
+        layout, before = (re.sub(r'"(?:[^"\\]|\\.)*"(:?)', r"\1", each) for each in (changed, text))
+        assert layout == before and changed.count("https:" + 2 * slash) == text.count("https:" + 2 * slash)
+
+
+@given(
+    ANY_TEXT | TEXT_WITH_STRUCTURE, st.integers(0, 40), st.sampled_from(['{"a":', '["', '"}', '{"b": "c d"}'])
+)
+def test_any_text_comes_back_with_the_strings_in_its_json(text, place, insert):
+    text = text[:place] + insert + text[place:]
+    assert round_trip(text, json_strings=True) == text
+    changed = round_trip(text, change_letters, json_strings=True)
+    assert len(changed) == len(text) or "\\" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "changed"),
+    [
+        ('Is {"say it": "Say it."} `x`?', 'жж {"say it": "жжж жж."} `x`?'),
+        (r'["Gr\u00fcn \/ \ud83d\ude00 blau", "to_do"]', r'["жжжж / \ud83d\ude00 жжжж", "to_do"]'),
+        ('```json\n{"a": "Say it."}\n```', '```json\n{"a": "Say it."}\n```'),
+        ('{"a": "{\\"b\\": \\"Say it.\\"}"}', '{"a": "{\\"b\\": \\"Say it.\\"}"}'),
+        ('Say {"a": "b"} or [[1]] to "me"', 'жжж {"a": "b"} жж [[1]] жж "жж"'),
+    ],
+)
+def test_strings_in_json_are_texts_and_all_else_stays(text, changed):
+    assert round_trip(text, change_letters, json_strings=True) == changed
 
 
 @given(ANY_TEXT | TEXT_WITH_STRUCTURE)
