@@ -14,8 +14,9 @@ import difflib
 import hashlib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ __all__ = [
     "RowError",
     "Text",
     "check_format",
+    "is_message",
     "read_rows",
+    "threads",
     "to_row",
 ]
 
@@ -113,10 +116,65 @@ def check_format(name: str) -> None:
         raise UserError(f"there is no format {name!r}; {hint}")
 
 
+def is_message(row: dict[str, Any]) -> bool:
+    """Whether a row is one message of a tree, as in oasst1's flat files; `threads` makes trees of them."""
+    return row.get("message_id") is not None and row.get("message_tree_id") is not None
+
+
+def threads(rows: Iterable[tuple[int, dict]], path: Path | str = "rows") -> Iterator[tuple[int, dict]]:
+    """(line, row) of flat messages -> (line of the root, tree in the form of oasst1's dump).
+
+    The messages of a tree stand together, in any order; other rows pass as they are.  What hangs on no root
+    is left out, and so is what lies more than MAX_TURNS deep.  Raises UserError for a tree that comes again.
+    """
+    seen = set()
+    for tree, group in groupby(rows, lambda row: is_message(row[1]) and str(row[1]["message_tree_id"])):
+        if tree is False:
+            yield from group
+            continue
+        answers: dict[str, list] = {}  # id of a message -> what answers it; "" -> roots
+        for line, message in group:
+            answers.setdefault(str(message.get("parent_id") or ""), []).append((line, message))
+        line, root = answers.pop("", [(line, {"message_id": ""})])[0]
+        if tree in seen:
+            raise UserError(
+                f"{path}, line {line}: the tree {tree!r:.50} comes again; sort the rows by message_tree_id"
+            )
+        seen.add(tree)
+        level = [root]
+        for _ in range(MAX_TURNS):
+            for message in level:  # taken out, so that no message answers itself
+                message["replies"] = [reply for _, reply in answers.pop(str(message["message_id"]), [])]
+            level = [reply for message in level for reply in message["replies"]]
+        stated = {name: root.get(name) for name in ("tree_state", "source", "license")}
+        yield line, {**stated, "message_tree_id": tree, "prompt": root}
+
+
 def messages(row: dict) -> tuple:
     """UltraChat-200k, OpenAI, ShareGPT, OASST-DE: a list of turns under one of three names."""
     name = next(name for name in ("messages", "conversations", "conversation") if row.get(name) is not None)
     return (_conversation(_turns(row[name], name)),)
+
+
+def oasst(tree: dict) -> tuple:
+    """oasst1: at each prompt the best answer, at each answer the follow-up that leads furthest."""
+    return (_conversation(_turns(_best_thread(tree), "prompt")),)
+
+
+def oasst_pairs(tree: dict) -> tuple:
+    """oasst1: the best and the worst of the ranked answers to the last prompt of the best thread."""
+    *prompt, best = _best_thread(tree)
+    ranked = [answer for answer in _replies(prompt[-1]) if _rank(answer) < math.inf] if prompt else []
+    if not ranked or _rank(best) == _rank(ranked[-1]):
+        raise RowError("no two answers to the last prompt differ in rank; expected a better and a worse one")
+    return _pair(*(_turns(turns, "prompt") for turns in (prompt, [best], ranked[-1:])))
+
+
+def completion(row: dict) -> tuple:
+    """TRL's prompt and completion, strings or lists of messages; in KTO's rows `label` says if it is good."""
+    if str(row.get("label")).lower() in ("false", "0"):
+        raise RowError("'label' is false: the completion is no answer to learn; expected one that is true")
+    return (_conversation([*_said(row, "prompt", "user"), *_said(row, "completion", "assistant")]),)
 
 
 def columns(question: str, context: str, answer: str) -> Callable[[dict], tuple]:
@@ -133,7 +191,9 @@ def columns(question: str, context: str, answer: str) -> Callable[[dict], tuple]
 def text(row: dict) -> tuple:
     """Plain text, as for continued pretraining."""
     if row.get("message_id") is not None:
-        raise RowError("the row is one message of a tree (oasst1); expected whole threads as 'messages'")
+        raise RowError(
+            "the row is one message of a tree (oasst1) that was not gathered; expected whole trees"
+        )
     return (_text(row["text"], "text"),)
 
 
@@ -180,8 +240,7 @@ def preference(row: dict) -> tuple:
     chosen, rejected = _turns(chosen, "chosen"), _turns(rejected, "rejected")
     if chosen[0]["role"] != "assistant" or prompt is None:
         return _split(chosen, rejected)
-    lead = _turns(prompt, "prompt") if isinstance(prompt, list) else _turn("user", _text(prompt, "prompt"))
-    return _pair(lead, chosen, rejected)
+    return _pair(_said(row, "prompt", "user"), chosen, rejected)
 
 
 def _format_of(row: dict, kind: str, name: str | None) -> tuple[type, Callable]:
@@ -218,13 +277,11 @@ def _number(value: Any) -> float | None:
 
 def _length_ratio(row: dict) -> float | None:
     """By the counts in the record of recipes/translate.py, else by the columns X_de that stand beside X."""
-    record = row.get("translation")
-    if isinstance(record, dict):
+    if isinstance(record := row.get("translation"), dict):
         source, text = (_number(record.get(name)) for name in ("source_characters", "characters"))
     else:
-        both = [(row.get(name.removesuffix("_de")), row[name]) for name in row if name.endswith("_de")]
-        both = [pair for pair in both if all(isinstance(text, str) for text in pair)]
-        source, text = (sum(map(len, texts)) for texts in zip(*both)) if both else (0, 0)
+        names = [name for name in row if name.endswith("_de") and isinstance(row.get(name[:-3]), str)]
+        source, text = (sum(len(row[name[:end]] or "") for name in names) for end in (-3, None))
     return text / source if source and text is not None else None
 
 
@@ -247,13 +304,65 @@ def _turns(turns: Any, name: str) -> list[Message]:
         raise RowError(f"{name!r} is a {_kind(turns)}; expected a list of messages with 'role' and 'content'")
     result = []
     for number, turn in enumerate(turns, 1):
-        role = turn.get("role", turn.get("from"))
-        content = turn.get("content", turn.get("value", turn.get("text")))
-        if str(role) not in ROLES or turn.get("tool_calls"):
-            found = "calls a tool" if turn.get("tool_calls") else f"has the role {str(role)[:50]!r}"
+        role = str(_first(turn, "role", "from"))
+        if role.lower() not in ROLES or turn.get("tool_calls"):
+            found = "calls a tool" if turn.get("tool_calls") else f"has the role {role[:50]!r}"
             raise RowError(f"turn {number} of {name!r} {found}; expected text of one of {', '.join(ROLES)}")
-        result += _turn(ROLES[role], _text(content, f"content of turn {number}"))
+        content = _first(turn, "content", "value", "text")
+        result += _turn(ROLES[role.lower()], _text(content, f"content of turn {number}"))
     return result
+
+
+def _first(row: dict, *names: str) -> Any:
+    """The value of the first of the fields that is not null."""
+    return next((row[name] for name in names if row.get(name) is not None), None)
+
+
+def _said(row: dict, name: str, role: str) -> list[Message]:
+    value = row[name]
+    return _turns(value, name) if isinstance(value, list) else _turn(role, _text(value, name).strip())
+
+
+def _best_thread(tree: dict) -> list[dict]:
+    """The messages from the prompt of a tree to an answer; without recursion, as a tree may be deep."""
+    _text(tree["message_tree_id"], "message_tree_id")
+    if tree.get("tree_state") not in (None, "ready_for_export"):
+        raise RowError(f"'tree_state' is {tree['tree_state']!r:.50}; expected 'ready_for_export'")
+    order = list(filter(_is_sound, [tree["prompt"]]))
+    for message in order:  # grows meanwhile
+        order += _replies(message)
+    best: dict[int, list[dict]] = {}  # of a message: the thread that begins with it, empty without an answer
+    for message in reversed(order):
+        further = [best.pop(id(reply)) for reply in _replies(message)]
+        if message.get("role") == "assistant":
+            best[id(message)] = [message, *max(further, key=len, default=[])]
+        else:
+            best[id(message)] = [message, *further[0]] if any(further[:1]) else []
+    if not any(best.values()):
+        raise RowError("no thread from 'prompt' ends in an answer; expected one not deleted, empty or spam")
+    return best[id(tree["prompt"])]
+
+
+def _replies(message: dict) -> list[dict]:
+    """Those worth reading, the best rank (0) first, those without a rank last."""
+    replies = message.get("replies")
+    return sorted(filter(_is_sound, replies if isinstance(replies, list) else []), key=_rank)
+
+
+def _rank(message: dict) -> float:
+    rank = _number(message.get("rank"))
+    return math.inf if rank is None else rank
+
+
+def _is_sound(message: Any) -> bool:
+    """A message that is neither deleted nor empty, and spam to less than half of its reviewers."""
+    try:  # {"spam": {"value": 0.1, "count": 3}, ...}; in flat files three lists: name, value, count
+        labels = message["labels"]
+        spam = labels["spam"]["value"] if "spam" in labels else labels["value"][labels["name"].index("spam")]
+    except (AttributeError, LookupError, TypeError, ValueError):
+        spam = None
+    is_there = isinstance(message, dict) and not message.get("deleted") and bool(message.get("text"))
+    return is_there and bool(str(message["text"]).strip()) and (_number(spam) or 0) < 0.5
 
 
 def _conversation(turns: list[Message]) -> tuple[Message, ...]:
@@ -313,6 +422,7 @@ ROLES = {
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard"), "assistant"),
     "system": "system",
 }
+MAX_TURNS = 200  # of a thread of flat messages: far above real ones, and its tree can still be pickled
 SCORES = ("score_{}", "{}_score", "{}_avg_rating", "{}-rating", "{}_rating")
 KINDS = {"documents": (Conversation, Text), "pairs": (PreferencePair,)}
 SCHNABELTIER = ("instruction_de", "", "output_de")
@@ -320,6 +430,8 @@ DOLLY_DE = ("instruction_de", "context_de", "response_de")
 ALPACA = ("instruction", "input", "output")
 # name -> (type of the row, columns that it must have, function)
 FORMATS: dict[str, tuple[type, set[str], Callable[[dict], tuple]]] = {
+    "oasst": (Conversation, {"message_tree_id", "prompt"}, oasst),
+    "oasst_pairs": (PreferencePair, {"message_tree_id", "prompt"}, oasst_pairs),
     "ultrafeedback": (PreferencePair, {"instruction", "completions"}, ultrafeedback),
     "argilla": (PreferencePair, {"instruction", "chosen_response", "rejected_response"}, argilla),
     "preference": (PreferencePair, {"chosen", "rejected"}, preference),
@@ -331,7 +443,7 @@ FORMATS: dict[str, tuple[type, set[str], Callable[[dict], tuple]]] = {
     "dolly": (Conversation, {"instruction", "response"}, columns("instruction", "context", "response")),
     "open_platypus": (Conversation, {*ALPACA[::2], "data_source"}, columns(*ALPACA)),
     "alpaca": (Conversation, {*ALPACA[::2]}, columns(*ALPACA)),
-    "prompt_completion": (Conversation, {"prompt", "completion"}, columns("prompt", "", "completion")),
+    "prompt_completion": (Conversation, {"prompt", "completion"}, completion),
     "poem": (Conversation, {"prompt", "poem"}, columns("prompt", "", "poem")),
     "song": (Conversation, {"prompt", "song"}, columns("prompt", "", "song")),
     "text": (Text, {"text"}, text),

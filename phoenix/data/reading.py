@@ -68,8 +68,9 @@ def _unreadable(path: Path, line: int, error: Exception) -> UserError:
     return UserError(f"{path}, line {line}: cannot be read ({reason}); correct or remove it")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Numbered lines, checked one by one, so that neither a huge line nor a gzip bomb fills the memory.
+def _lines(path: Path, errors: str | None = None) -> Iterator[tuple[int, Any]]:
+    """Numbered lines (bytes if `errors` is none), checked one by one: neither a huge line nor a gzip bomb
+    fills the memory.
 
     One `try` around all lines: a bomb of 10^8 empty lines would spend minutes in a context manager for each.
     """
@@ -89,18 +90,10 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
                     raise ValueError(f"gzip that holds more than {MAX_INFLATION} times its size")
                 if b"\0" in line:
                     raise ValueError("holds a NUL byte")
-                yield number, line if number > 1 else line.removeprefix(codecs.BOM_UTF8)
+                line = line if number > 1 else line.removeprefix(codecs.BOM_UTF8)
+                yield number, line.decode("utf-8", errors) if errors else line
     except ERRORS as error:
         raise _unreadable(path, number, error) from None
-
-
-def _text(path: Path, errors: str) -> Iterator[str]:
-    for number, line in _lines(path):
-        try:
-            text = line.decode("utf-8", errors)
-        except UnicodeDecodeError as error:
-            raise _unreadable(path, number, error) from None
-        yield text
 
 
 def _json_lines(path: Path, _errors: str) -> Iterator[tuple[int, bytes]]:
@@ -113,14 +106,14 @@ def _json(path: Path, errors: str) -> Iterator[tuple[int, Any]]:
         yield from _json_lines(path, errors)
         return
     with _at(path, 1):
-        rows = json.loads("".join(_text(path, errors)), object_pairs_hook=unique_keys)
+        rows = json.loads("".join(line for _, line in _lines(path, errors)), object_pairs_hook=unique_keys)
     yield from enumerate(rows, 1)
 
 
 def _csv(path: Path, errors: str) -> Iterator[tuple[int, Any]]:
     """The line is the last one of a row, which may have several."""
     csv.field_size_limit(MAX_LINE)
-    reader, header = csv.reader(_text(path, errors), strict=True), []
+    reader, header = csv.reader((line for _, line in _lines(path, errors)), strict=True), []
     while True:
         with _at(path, reader.line_num + 1):
             cells = next(reader, None)

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from phoenix.data import reading
-from phoenix.data.reading import READERS, read_rows
+from phoenix.data.reading import READERS, parse, raw_rows, read_rows
 from phoenix.files import UserError
 
 ROWS = [{"text": "Grüße, „Welt“ 🙂"}, {"text": "zwei\nZeilen", "n": 2}, {"text": "c\u2028d"}]
@@ -56,6 +56,45 @@ def test_an_empty_file_has_no_rows(tmp_path):
 
 
 GOOD = b'{"text": "a"}\n'
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".json", ".csv"])
+def test_raw_rows_come_unparsed_and_parse_makes_them_rows(tmp_path, ending):
+    path = tmp_path / f"a{ending}"
+    data = b"text\na\nb\n" if ending == ".csv" else b"\xef\xbb\xbf" + GOOD + b"\n" + b"{no json\xff\n"
+    path.write_bytes((gzip.compress if ending.endswith("gz") else bytes)(data))
+    raw = list(raw_rows(path))
+    if ending == ".csv":
+        assert raw == [(2, {"text": "a"}), (3, {"text": "b"})] == list(read_rows(path))
+        return
+    assert raw == [(1, GOOD), (3, b"{no json\xff\n")]
+    assert parse(path, *raw[0]) == {"text": "a"}
+    for errors, reason in (("strict", "UnicodeDecodeError"), ("replace", "JSONDecodeError")):
+        with pytest.raises(UserError, match=reason) as error:
+            parse(path, *raw[1], errors)
+        with pytest.raises(UserError) as same:
+            list(read_rows(path, errors))
+        assert str(error.value) == str(same.value) and str(error.value).startswith(f"{path}, line 3: ")
+
+
+def test_what_is_no_utf8_may_be_replaced(tmp_path):
+    for ending, data in (
+        (".jsonl", b'{"text": "\xff"}'),
+        (".json", b'[{"text": "\xff"}]'),
+        (".csv", b"text\n\xff"),
+    ):
+        path = tmp_path / f"a{ending}"
+        path.write_bytes(data)
+        assert [row for _, row in read_rows(path, "replace")] == [{"text": "\ufffd"}]
+        with pytest.raises(UserError, match="UnicodeDecodeError"):
+            list(read_rows(path))
+
+
+def test_a_file_of_nothing_but_a_mark_or_blanks_has_no_rows(tmp_path):
+    for data in (b"\xef\xbb\xbf", b"\xef\xbb\xbf\r\n", b" \t\n\n"):
+        for ending in (".jsonl", ".json"):
+            (tmp_path / f"a{ending}").write_bytes(data)
+            assert list(raw_rows(tmp_path / f"a{ending}")) == []
 
 
 @pytest.mark.parametrize(
