@@ -7,6 +7,7 @@ import codecs
 import contextlib
 import csv
 import gzip
+import itertools
 import json
 import zlib
 from collections.abc import Iterator
@@ -65,6 +66,10 @@ def _at(path: Path, line: int) -> Iterator[None]:
 
 def _unreadable(path: Path, line: int, error: Exception) -> UserError:
     reason = f"{type(error).__name__}: {error}"
+    if isinstance(error, UnicodeDecodeError):
+        with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as file:
+            size = sum(map(len, itertools.islice(file, line)))
+        reason += f", byte {size - len(error.object) + error.start} of the file"
     return UserError(f"{path}, line {line}: cannot be read ({reason}); correct or remove it")
 
 
