@@ -10,7 +10,6 @@ import hashlib
 import re
 import tomllib
 import unicodedata
-from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,14 +26,15 @@ PLATYPUS = "open_platypus"  # the table of rows that have its columns
 def canonical(name: str) -> str | None:
     """The SPDX spelling of a licence, of LicenseRef-... as it is, or of several joined by AND and OR.
 
-    Letter case, blanks, dots and the word "license" make no difference.  None for what is not known: also
+    Letter case, blanks, - . , / and the word "license" make no difference.  None for what is not known: also
     "other", "unknown", "none", "", a family without a version ("cc-by"), and brackets.
     """
     parts = re.split(r"\s+(AND|OR|and|or)\s+", name.strip())
     parts[1::2] = map(str.upper, parts[1::2])
     for index, part in list(enumerate(parts))[::2]:
         is_reference = re.fullmatch(r"LicenseRef-[A-Za-z0-9.-]+", part)
-        parts[index] = part if is_reference else _KNOWN.get(_license_key(part))
+        key = _license_key(part) if re.fullmatch(r"[\w\s.,/-]+", part) else ""  # "(" and "+" mean something
+        parts[index] = part if is_reference else _KNOWN.get(key) or _KNOWN.get(f"{key}only")  # hub: gpl-3.0
     return None if None in parts else " ".join(parts)
 
 
@@ -46,29 +46,33 @@ def permits(license: str | None, policy: str) -> bool:
     """
     if policy == "none" or license is None:
         return policy == "none"
-    return any(all(_ALLOWS[policy](part) for part in parts) for parts in _alternatives(license))
+    refused = {
+        "stated": lambda name: False,
+        "nc": _FORBIDS.search,
+        "strict": lambda name: name not in PERMISSIVE,
+    }
+    return any(not any(map(refused[policy], parts)) for parts in _alternatives(license))
 
 
 def unlicensed_sentence(source: Source, policy: str) -> str:
     """For a source none of whose rows has a known licence."""
-    missing = "no row has a match in license_join" if source.license_join else "no row has a known licence"
-    return (
-        f"{source.path}: {missing}, and license_policy={policy} drops such rows; state license = (SPDX name) "
-        f"or license_table = (there are: {_tables()}) for this source, or set license_policy=none"
-    )
+    missing = "a match in license_join" if source.license_join else "a known licence"
+    do = f"state license (an SPDX name) or license_table ({_tables()}), or set license_policy=none"
+    return f"{source.path}: no row has {missing}, which license_policy={policy} asks of each; {do}"
 
 
 class Licenses:
     """The licences of one source's rows, and what the policy says of them."""
 
     def __init__(self, source: Source, policy: str) -> None:
-        """UserError for an unknown policy, licence or table, a table in disorder, a join without the field."""
+        """UserError: unknown policy, licence or table, a table in disorder, a join without its columns."""
         if policy not in POLICIES:
-            names = ", ".join(POLICIES) + _near(policy, POLICIES)
-            raise UserError(f"license_policy is {policy!r}; expected one of {names}")
-        self.policy, self.where = policy, source.path
-        self.default = self._stated(source.license, "license")
-        self.generator = self._stated(source.generator_license, "generator_license")
+            raise UserError(
+                f"license_policy is {policy!r}; expected {', '.join(POLICIES)}; choose one of them"
+            )
+        self.policy = policy
+        self.default = _spdx(source.license, f"{source.path}: license")
+        self.generator = _spdx(source.generator_license, f"{source.path}: generator_license")
         self.forced = bool(source.license_table or source.license_join) or source.format == PLATYPUS
         self.field, self.table = load_table(source.license_table or PLATYPUS)
         self.joined = self._join(source.license_join) if source.license_join else None
@@ -93,28 +97,16 @@ class Licenses:
         """Name of the filter: "no_license", or "license" if it or the generator's terms are forbidden."""
         if license is None:
             return None if self.policy == "none" else "no_license"
-        return (
-            None if all(permits(x, self.policy) for x in (license, self.generator or license)) else "license"
-        )
-
-    def _stated(self, name: str | None, field: str) -> str | None:
-        known = canonical(name) if name is not None else None
-        if name is not None and known is None:
-            raise UserError(
-                f"{self.where}: {field} is {name!r}; expected an SPDX name, or LicenseRef-..."
-                f"{_near(name, _KNOWN.values())}"
-            )
-        return known
+        whole = both(license, self.generator) if self.generator else license
+        return None if permits(whole, self.policy) else "license"
 
     def _join(self, path: str) -> dict[int, str | None]:
         """Key of an English instruction -> licence of the rows that have it (all of them: AND)."""
         joined: dict[int, str | None] = {}
         for line, raw in read_rows(Path(path)):
-            if self.field not in raw or "instruction" not in raw:
-                raise UserError(
-                    f"{path}, line {line}: license_join needs rows with 'instruction' and {self.field!r}; "
-                    f"found {', '.join(raw)[:200]}"
-                )
+            if not {"instruction", self.field} <= set(raw):
+                found = ", ".join(raw)[:200]
+                raise UserError(f"{path}, line {line}: found {found}; expected instruction and {self.field}")
             found = self.table.get(_plain(raw[self.field]))
             for key in _keys(raw):
                 joined[key] = both(joined[key], found) if key in joined else found
@@ -132,38 +124,36 @@ def both(first: str | None, second: str | None) -> str | None:
 def load_table(name_or_path: str) -> tuple[str, dict[str, str]]:
     """(field, its value in plain letters -> licence) of recipes/licenses/NAME.toml, or of a path (*.toml)."""
     path = Path(name_or_path)
-    if path.suffix != ".toml":
-        path = FOLDER / f"{name_or_path}.toml"
-        if not path.is_file():
-            raise UserError(f"unknown license_table {name_or_path!r}; there are: {_tables()}; or give a path")
+    path = path if path.suffix == ".toml" else FOLDER / f"{name_or_path}.toml"
+    if not path.is_file():
+        raise UserError(f"license_table: there is no {path}; choose one of {_tables()}, or give a path")
+    known: dict[str, str] = {}
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
-        field, licenses, aliases = table["field"], table["licenses"], table.get("aliases", {})
-        spellings = [*licenses.items(), *((alias, licenses[value]) for alias, value in aliases.items())]
-        known = {_plain(value): canonical(name) for value, name in spellings}
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); expected a table of licences") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f'{path}: no table of licences ({type(error).__name__}: {error}); expected field = "...", a '
-            'table [licenses] of value = "SPDX name", and [aliases] of spelling = "value"'
-        ) from None
-    for value, name in spellings:
-        if not _plain(value) or known[_plain(value)] != canonical(name) or canonical(name) is None:
-            raise UserError(
-                f"{path}: {value!r} is {name!r}; expected one SPDX name or LicenseRef-... for it"
-                f"{_near(name, _KNOWN.values())}"
-            )
-    return field, known
+        licenses, aliases = table["licenses"], table.get("aliases", {})
+        for value, name in [*licenses.items(), *((alias, licenses[of]) for alias, of in aliases.items())]:
+            spdx = _spdx(name, f"{path}: the licence of {value!r}")
+            if not _plain(value) or known.setdefault(_plain(value), spdx) != spdx:
+                raise ValueError(f"{value!r} has no letters, or stands twice")
+        return table["field"].strip(), known
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        expected = "expected field, [licenses] of value = SPDX name, [aliases] of spelling = value"
+        raise UserError(f"{path}: {type(error).__name__}: {error}; {expected}; correct the table") from None
+
+
+def _spdx(name: str | None, what: str) -> str | None:
+    """The canonical form; UserError that names the nearest for what is not known.  None stays None."""
+    known = None if name is None else canonical(name)
+    if name is None or known:
+        return known
+    names = {known.upper(): known for known in _KNOWN.values()}
+    near = difflib.get_close_matches(name.upper(), names, n=1)
+    hint = f"did you mean {names[near[0]]!r}?" if near else "write LicenseRef-... for another"
+    raise UserError(f"{what} is {name!r}; expected an SPDX name; {hint}")
 
 
 def _tables() -> str:
     return ", ".join(sorted(path.stem for path in FOLDER.glob("*.toml"))) or "none"
-
-
-def _near(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name.casefold(), {known.casefold(): known for known in names}, n=1)
-    return f"; did you mean {next(x for x in names if x.casefold() == near[0])!r}?" if near else ""
 
 
 def _alternatives(license: str) -> list[list[str]]:
@@ -172,9 +162,8 @@ def _alternatives(license: str) -> list[list[str]]:
 
 def _plain(value: Any) -> str:
     """NFC, casefolded, letters and digits alone; nothing of what is no string."""
-    return (
-        re.sub(r"[\W_]", "", unicodedata.normalize("NFC", value).casefold()) if isinstance(value, str) else ""
-    )
+    text = unicodedata.normalize("NFC", value).casefold() if isinstance(value, str) else ""
+    return re.sub(r"[\W_]", "", text)
 
 
 def _license_key(name: str) -> str:
@@ -205,15 +194,5 @@ PERMISSIVE = frozenset((
     UPL-1.0 W3C WTFPL Zlib""".split(),
 ))  # fmt: skip
 _NAMES = (*_CC, *PERMISSIVE, "C-UDA-1.0", "PolyForm-Noncommercial-1.0.0")
-# Names of the hub's data cards that SPDX spells otherwise.
-_ALIASES = {
-    "gpl-2.0": "GPL-2.0-only", "gpl-3.0": "GPL-3.0-only", "lgpl-2.1": "LGPL-2.1-only", "lgpl-3.0": "LGPL-3.0-only",
-    "agpl-3.0": "AGPL-3.0-only", "odc-by": "ODC-By-1.0", "odbl": "ODbL-1.0", "pddl": "PDDL-1.0",
-    "c-uda": "C-UDA-1.0", "cc0": "CC0-1.0",
-}  # fmt: skip
-_KNOWN = {_license_key(name): spdx for name, spdx in (*zip(_NAMES, _NAMES), *_ALIASES.items())}
-_ALLOWS = {
-    "stated": lambda name: True,
-    "nc": lambda name: not _FORBIDS.search(name),
-    "strict": lambda name: name in PERMISSIVE,
-}
+_SHORT = {"cc0": "CC0-1.0", "odbl": "ODbL-1.0", "odcby": "ODC-By-1.0", "pddl": "PDDL-1.0"}  # on the hub
+_KNOWN = {_license_key(name): name for name in _NAMES} | _SHORT

@@ -7,6 +7,7 @@ A source is a file, a folder, a glob, or a data set of the Hugging Face hub.  On
 import dataclasses
 import glob
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -58,9 +59,9 @@ class Resolved:
 
 
 def resolve(source: Source) -> Resolved:
-    """The files of a source; those of the hub are downloaded into its cache, or found there.
+    """The files of a source; those of the hub are downloaded into its cache, offline found there.
 
-    A license_join on the hub is fetched, too, and stands as a path in the source of the result.
+    A license_join on the hub is fetched, too, and stands as a local path in the source of the result.
     Raises UserError for a path without a file of rows, a split that no file has, what the hub refuses.
     """
     if (source.license_join or "").startswith("hf://"):
@@ -72,100 +73,79 @@ def resolve(source: Source) -> Resolved:
         return _download(source)
     if source.revision:
         raise UserError(f"{source.path}: has a revision, but is not on the hub (hf://...); remove revision")
-    path = Path(source.path)
-    if path.is_file():
-        found = {path.name: path}
-    elif path.is_dir():
-        found = _below(path)
-    else:
-        found = {file: Path(file) for file in glob.glob(source.path, recursive=True) if Path(file).is_file()}
-        if not found:
-            raise UserError(f"{path}: no such file or folder, and no file fits it as a glob; correct path")
-    return Resolved(source, _of_split(source, found), None)
+    files = _files(source.path)
+    return Resolved(source, _rows(source, files, files), None)
 
 
-def _of_split(source: Source, found: dict[str, Path]) -> tuple[Path, ...]:
-    """The files of rows among those of a source (name -> path) that belong to its split."""
-    rows = {name: path for name, path in found.items() if _fits(name, _patterns()) and _fits(name, ["*"])}
-    if not rows:
-        names = ", ".join(sorted(found)[:5]) or "none"
-        raise UserError(
-            f"{source.path}: no file of rows (files: {names}); expected one that ends in {', '.join(READERS)}"
-        )
-    files = [path for name, path in rows.items() if _fits(name, _patterns(source.split))]
-    if not files:
-        splits = ", ".join(sorted(set(map(_split_of, rows))))
-        raise UserError(f"{source.path}: no file of the split {source.split!r}; there are {splits}")
-    return tuple(sorted(files))
+def _files(path: str) -> dict[str, Path]:
+    """Name within a folder, or within the folder that a glob starts from -> file: all that lie there."""
+    start = Path(path)
+    if start.is_dir():
+        return {file.relative_to(start).as_posix(): file for file in start.rglob("*") if file.is_file()}
+    found = [start] if start.is_file() else map(Path, glob.glob(path, recursive=True))
+    fixed = Path(path[: re.search(r"[*?[]|$", path).start()] + "_").parent  # "_": a folder's last "/"
+    return {file.relative_to(fixed).as_posix(): file for file in found if file.is_file()}
 
 
-def _patterns(split: str | None = None) -> list[str]:
-    """Globs of the files of rows: all, or those of a split (train: train.csv, data/train-00000-of-00001.csv,
-    train/0.csv, but not train_sft.csv)."""
-    if split is None:
-        return [f"*{ending}" for ending in READERS]
-    split = glob.escape(split)
-    ends = [end for ending in READERS for end in (ending, f"[-./]*{ending}")]
-    return [f"{start}{split}{end}" for start in ("", "*[-./]") for end in ends]
+def _rows(source: Source, files: dict[str, Path], there: Collection[str]) -> tuple[Path, ...]:
+    """The files of rows that belong to a source's split; UserError, which lists what is there, if none."""
+    patterns = _patterns(source.split)
+    if chosen := sorted(file for name, file in files.items() if _fits(name, patterns)):
+        return tuple(chosen)
+    splits = {_split_of(name) for name in there if _fits(name, _patterns(None))}
+    wanted = f"the split {source.split!r}" if source.split else f"rows ({', '.join(READERS)})"
+    names = sorted((source.split and splits) or there)[:10]
+    raise UserError(f"{source.path}: no file of {wanted}; there are {', '.join(names) or 'none'}; correct it")
 
 
 def _fits(name: str, patterns: list[str]) -> bool:
-    hidden = any(part.startswith((".", "__")) for part in name.split("/"))
-    about = name.rpartition("/")[2] in ABOUT
-    return not (hidden or about) and any(fnmatchcase(name, pattern) for pattern in patterns)
+    return not ABOUT.search(name) and any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _below(folder: Path) -> dict[str, Path]:
-    return {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+def _patterns(split: str | None) -> list[str]:
+    """Globs of a split's files: of train.csv, data/train-00000-of-00001.csv, train/0.csv, no train_sft."""
+    starts = ("", "*[-./]") if split else ("*",)
+    middles = (glob.escape(split), f"{glob.escape(split)}[-./]*") if split else ("",)
+    return [start + middle + ending for start in starts for middle in middles for ending in READERS]
 
 
 def _split_of(name: str) -> str:
     """data/train_sft-00000-of-00003-ab12.parquet -> train_sft, train/0.parquet -> train."""
-    stem = re.sub(r"(-\d+-of-\d+.*)?(\.[a-z]+)+$", "", name)
-    folder, _, last = stem.rpartition("/")
-    return folder.rpartition("/")[2] if last.isdigit() and folder else last
+    *_, folder, last = ("", *re.sub(r"(-\d+-of-\d+.*)?(\.[a-z]+)+$", "", name).split("/"))
+    return folder if folder and last.isdigit() else last
 
 
 def _download(source: Source) -> Resolved:
     found = HUB.fullmatch(source.path)
-    if not found:
-        raise UserError(f"{source.path}: expected hf://datasets/ORG/NAME[/PATH-OR-GLOB][@REVISION]")
+    if not found or (found[3] and source.revision not in (None, found[3])):
+        what = f"but revision is {source.revision!r}" if found else "is no data set of the hub"
+        raise UserError(f"{source.path}: {what}; expected hf://datasets/ORG/NAME[/PATH-OR-GLOB][@REVISION]")
     repo, inside, revision = found[1], (found[2] or "").strip("/"), source.revision or found[3]
-    if found[3] and found[3] != revision:
-        raise UserError(f"{source.path}: revision is {revision!r}, too; state one of them")
-    is_folder = not glob.has_magic(inside) and not inside.endswith(tuple(READERS))
-    lead = f"{inside}/" if inside and is_folder else ""
-    patterns = [lead + pattern for pattern in _patterns(source.split)] if is_folder else [inside]
+    lead = f"{inside}/" if inside and not glob.has_magic(inside) else inside
+    of_split = [lead + pattern for pattern in _patterns(source.split)]
+    patterns = [inside] if inside.endswith(tuple(READERS)) else of_split
     hub = require("huggingface_hub", "hub")
     try:
-        folder = Path(
-            hub.snapshot_download(
-                repo, repo_type="dataset", revision=revision, allow_patterns=patterns,
-                ignore_patterns=["**/.*", *ABOUT],
-            )
-        )  # fmt: skip
-        files = {name: path for name, path in _below(folder).items() if _fits(name, patterns)}
-        if not files:
-            names = hub.HfApi().list_repo_files(repo, repo_type="dataset", revision=folder.name)
-            files = {name: folder / name for name in names}
-    except Exception as error:  # the hub's, httpx' or requests', by its version
-        raise UserError(_refused(source.path, repo, revision, error)) from None
-    return Resolved(source, _of_split(source, files), folder.name)
-
-
-def _refused(path: str, repo: str, revision: str | None, error: Exception) -> str:
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    said = next((said for kind, said in HUB_ERRORS.items() if kind in kinds), None)
-    said = said or f"cannot be fetched ({type(error).__name__}: {str(error).strip().splitlines()[0]:.200})"
-    return f"{path}: {said.format(repo=repo, revision=revision)}"
+        folder = hub.snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=patterns)
+        files = {name: file for name, file in _files(folder).items() if _fits(name, patterns)}
+        there = files or hub.HfApi().list_repo_files(repo, repo_type="dataset", revision=Path(folder).name)
+    except Exception as error:  # the hub's own, or of its client of HTTP, by its version
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        reason = f"{type(error).__name__}: {error}".split("\n")[0][:200]
+        said = next(said for kind, said in HUB_ERRORS.items() if kind in kinds)
+        said = said.format(repo=repo, revision=revision, reason=reason)
+        raise UserError(f"{source.path}: {said}") from None
+    return Resolved(source, _rows(source, files, there), Path(folder).name)
 
 
 HUB = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:/([^@]*))?(?:@(.+))?")
-ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "config.json")  # no rows
+ABOUT = re.compile(r"(^|/)([.]|__|(dataset_infos?|dataset_dict|config)\.json$)")  # hidden, or about the rows
 # Type of the hub's error -> what is wrong and what to do; the first that fits.
+UNREACHED = "the hub cannot be reached, and the cache lacks files of {repo} ({reason}); go online"
 HUB_ERRORS = {
     "GatedRepoError": "{repo} is gated; accept its terms on its page and set HF_TOKEN",
     "RepositoryNotFoundError": "{repo} does not exist on the hub, or is private; correct it or set HF_TOKEN",
     "RevisionNotFoundError": "{repo} has no revision {revision!r}; correct it",
-    "LocalEntryNotFoundError": "the hub cannot be reached, and the cache lacks files of {repo}; go online",
+    **dict.fromkeys(("LocalEntryNotFoundError", "OfflineModeIsEnabled"), UNREACHED),
+    "Exception": "cannot be fetched ({reason}); try again",
 }
