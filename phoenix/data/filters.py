@@ -209,22 +209,22 @@ def _refusals() -> re.Pattern:
 # People do not say these of themselves; "Es tut mir leid, aber" within a letter or a story they do.
 _SENTENCE = r"[^.!?]{0,80}"
 _AI_EN = (
-    r"(?:large |artificial )?(?:ai|intelligence|language model)"
+    r"(?:large )?(?:ai|artificial intelligence|language model)"
     r"(?: language)?(?: model| assistant| chatbot| system)?"
 )
 _AI_DE = (
     r"(?:ein\w* |rein\w* |groß\w* )*(?:ki|künstliche intelligenz|(?:ki-|ai-)?sprachmodell"
-    r"|(?:ki|ai)[- ](?:assistent(?:in)?|modell|system|chatbot|programm))"
+    r"|(?:ki|ai)[- ](?:assistent(?:in)?|modell|system|chatbot|programm))(?![\w-])"  # no "KI-Forscherin"
 )
 REFUSALS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "en": (
         (
             r"i(?:'m| am) (?:very |really |truly )?sorry,? but i (?:can ?not|can't|am unable|am not able)",
-            r"i (?:cannot|can't) (?:fulfill?|comply with|assist with|provide|help with) (?:th[ai][ts]|your|such)",
+            r"i (?:cannot|can't) (?:fulfill?|comply with|assist with|provide|help with) (?:that|this|your)",
         ),
         (
             rf"as an? {_AI_EN}(?:,|(?= i\b)){_SENTENCE}\b(?:i|i'm|my|me)",
-            rf"i(?: am|'m) (?:just |only |merely )?an? {_AI_EN}",
+            rf"i(?: am|'m) (?:just |only )?an? {_AI_EN}(?=[,.;:!?)]|$| (?:and|so|but|that|with|\w+ed)\b)",
             r"(?:my|the) knowledge cut-?off", r"my last (?:knowledge |training )?update",
             r"i(?: am|'m) chatgpt", rf"i (?:was|am|have been){_SENTENCE}\bby openai",
         ),
@@ -235,7 +235,7 @@ REFUSALS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             r"entschuldigung, (?:aber )?(?:ich kann|das kann ich)",
         ),
         (
-            rf"als {_AI_DE}\b{_SENTENCE}\b(?:ich|mir|mich|mein\w*)", rf"ich\b[^.!?]{{0,30}}\bals {_AI_DE}",
+            rf"als {_AI_DE}{_SENTENCE}\b(?:ich|mir|mich|mein\w*)", rf"ich\b[^.!?]{{0,30}}\bals {_AI_DE}",
             rf"ich bin (?:nur |bloß |lediglich )?(?:eine? )?{_AI_DE}",
             r"meine?[mns]? (?:letzte[rsn]? )?wissensstand\w*", r"stand meines wissens", r"ich bin chatgpt",
             r"meine?[mnrs]? letzten? (?:wissens-?|trainings-?)?(?:update|aktualisierung)",

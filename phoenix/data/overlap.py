@@ -4,14 +4,14 @@ The words of a text, case, punctuation and Unicode form aside, are joined; the h
 of its part of the joined string, a polynomial over its bytes modulo 2^64, and the same in every process.
 """
 
+import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from phoenix.data.language import words
 from phoenix.data.reading import read_rows
 from phoenix.files import UserError, read_json
 
@@ -34,9 +34,8 @@ class EvalIndex:
         length: words in a row of a longer question.  Raises UserError for a file that cannot be read, and for
         a row without a question.
         """
-        self.length, self.names, self.wholes = length, [], {}
-        hashes: dict[int, list[np.ndarray]] = {}
-        owners: dict[int, list[np.ndarray]] = {}
+        self.names, self.wholes, self.sizes = [], {}, set()
+        hashes, owners = [np.empty(0, np.uint64)], [np.empty(0, np.int32)]
         for path in map(Path, paths):
             for name, row in _test_rows(path):
                 for question in _questions(path, name, row):
@@ -45,56 +44,53 @@ class EvalIndex:
                     if SHORTEST <= size < SHORT:
                         self.wholes.setdefault(" ".join(found), len(self.names))
                     elif size >= SHORT:
-                        runs = run_hashes(found, size)
-                        hashes.setdefault(size, []).append(runs)
-                        owners.setdefault(size, []).append(np.full(len(runs), len(self.names), np.int32))
+                        self.sizes.add(size)
+                        hashes.append(run_hashes(found, [size]))
+                        owners.append(np.full(len(hashes[-1]), len(self.names), np.int32))
                 self.names.append(f"{path}, row {name}")
-        self.sizes = sorted(hashes)
-        self.runs = {}
-        for size in self.sizes:
-            joined = np.concatenate(hashes[size])
-            order = np.argsort(joined, kind="stable")  # of two rows with one run the first is named
-            self.runs[size] = joined[order], np.concatenate(owners[size])[order]
+        self.hashes, first = np.unique(np.concatenate(hashes), return_index=True)
+        self.owners = np.concatenate(owners)[first]
+        # A table of 16 entries or more a hash says of nearly all runs that they are none, without a search.
+        self.shift = np.uint64(60 - len(self.hashes).bit_length())
+        self.table = np.zeros(2 ** (64 - int(self.shift)), bool)
+        self.table[self.hashes >> self.shift] = True
 
     def hit(self, texts: Iterable[str]) -> str | None:
         """The row of a test file that the texts of a row hold, with the words: 'evals/mt.json, row 3: "..."'.
 
         None without one.  A question of 4 to 7 words must be a whole text; a shorter one is not looked for.
         """
-        found = []
+        said = []
         for text in texts:
-            said = normal_words(text)
-            if SHORTEST <= len(said) < SHORT and (whole := " ".join(said)) in self.wholes:
+            found = normal_words(text)
+            if SHORTEST <= len(found) < SHORT and (whole := " ".join(found)) in self.wholes:
                 return f'{self.names[self.wholes[whole]]}: "{whole}"'
-            found += said
-        for size in self.sizes:
-            known, owners = self.runs[size]
-            runs = run_hashes(found, size)
-            places = np.searchsorted(known, runs)
-            places[places == len(known)] = 0
-            hits = np.flatnonzero(known[places] == runs)
-            if len(hits):
-                said = " ".join(found[hits[0] : hits[0] + size])
-                return f'{self.names[owners[places[hits[0]]]]}: "{said}"'
-        return None
+            said += found
+        runs = run_hashes(said, self.sizes)
+        maybe = np.flatnonzero(self.table[runs >> self.shift])
+        places = np.minimum(np.searchsorted(self.hashes, runs[maybe]), len(self.hashes) - 1)
+        hits = np.flatnonzero(self.hashes[places] == runs[maybe])
+        if not len(hits):
+            return None
+        starts = [(at, size) for size in self.sizes for at in range(len(said) - size + 1)]
+        at, size = starts[maybe[hits[0]]]
+        return f'{self.names[self.owners[places[hits[0]]]]}: "{" ".join(said[at : at + size])}"'
 
 
 def normal_words(text: str) -> list[str]:
     """Words of a text without case, punctuation, or a difference of Unicode form."""
-    return words(unicodedata.normalize("NFC", text).casefold())
+    # As phoenix.data.language.words finds them, in half of the time.
+    return re.findall(r"\w+", unicodedata.normalize("NFC", text).casefold().replace("_", " "))
 
 
-def run_hashes(words: list[str], length: int) -> np.ndarray:
-    """[max(0, words - length + 1)] uint64: a hash of each run of `length` words."""
-    if len(words) < length:
-        return np.empty(0, np.uint64)
-    text = np.frombuffer((" ".join(words) + " ").encode(), np.uint8)
-    ends = np.flatnonzero(text == ord(" "))
-    starts = np.concatenate([[0], ends[: len(ends) - length] + 1])
-    sums = np.cumsum(BYTES[text] * np.cumprod(np.full(len(text), BASE, np.uint64)))
-    sums = np.concatenate([np.zeros(1, np.uint64), sums])
-    shifts = np.cumprod(np.full(len(text), pow(BASE, -1, 2**64), np.uint64))
-    return (sums[ends[length - 1 :]] - sums[starts]) * shifts[starts]
+def run_hashes(words: list[str], sizes: Collection[int]) -> np.ndarray:
+    """[runs] uint64: hashes of all runs of as many words as each of the sizes says, size by size."""
+    text = np.frombuffer(" ".join(["", *words, ""]).encode(), np.uint8)
+    spaces = np.flatnonzero(text == ord(" "))
+    sums = np.cumsum(BYTES[text] * np.cumprod(np.full(len(text), BASE, np.uint64)))[spaces]
+    shifts = np.cumprod(np.full(len(text), pow(BASE, -1, 2**64), np.uint64))[spaces]
+    runs = [(sums[size:] - sums[:-size]) * shifts[:-size] for size in sizes]
+    return np.concatenate(runs) if runs else np.empty(0, np.uint64)
 
 
 def strings(value: Any) -> Iterator[str]:
