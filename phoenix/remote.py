@@ -2,8 +2,9 @@
 
 What may pass (no connection, no answer, 408, 429, 5xx, half an answer, garbage) is asked again, each time
 after a longer and partly random pause, and not before the `Retry-After` of the server.  A run ends only when
-nothing at all was answered for `patience` seconds; a single request that fails while others succeed becomes a
-`Refusal`.  Threads and the standard library: a server that needs seconds an answer leaves 64 threads time.
+nothing at all was answered for `patience` seconds; a single request that fails while others succeed, or while
+the first one that was answered is answered again, becomes a `Refusal`.  Threads and the standard library: a
+server that needs seconds an answer leaves 64 threads time.
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ class Server:
         self._open: set[http.client.HTTPConnection] = set()
         self._not_before = dict.fromkeys(self.urls, 0.0)
         self._answered, self._gone_since = time.monotonic(), None
+        self._proof: tuple[str, bytes | None, Read] | None = None  # the first request that was answered
 
     def models(self) -> dict[str, dict[str, Any]]:
         """What /v1/models lists, by name; {} if the server has no such list."""
@@ -137,21 +139,24 @@ class Server:
                     raise _RetryError("stopped")
                 answer = self._send(url, method, path, data, read)
                 self._note_answer(url)
+                if method == "POST" and not isinstance(answer, Refusal):
+                    self._proof = self._proof or (path, data, read)
                 return answer
             except _RetryError as failure:
                 failures += failure.counts
                 since = max(self._answered, begun)
                 silent = time.monotonic() - since
-                if stop.is_set() or silent + failure.after > self.patience:
+                if failures >= TRIES and (self._answered > begun or self._lives(url)):
+                    return Refusal(0, failure.what)
+                self._note_failure(url, failure, pause, since)
+                after = max(min(self._not_before.values()) - time.monotonic(), 0.0)  # until one may be asked
+                if stop.is_set() or silent + after > self.patience:
                     wish = f", and wants no request for {failure.after:.0f} s" if failure.after else ""
                     raise UserError(
                         f"{url}{path}: {failure.what}{wish}; {silent:.0f} s without any answer; see to the "
                         "server, then start the same command again: what is finished is kept"
                     ) from None
-                if failures >= TRIES and self._answered > begun:
-                    return Refusal(0, failure.what)
-                self._note_failure(url, failure, pause, since)
-                stop.wait(min(max(failure.after, pause * random.uniform(0.5, 1.0)), self.patience))
+                stop.wait(min(max(after, pause * random.uniform(0.5, 1.0)), self.patience))
                 pause = min(2 * pause, MAX_PAUSE)
 
     def close(self) -> None:
@@ -165,6 +170,8 @@ class Server:
         except (OSError, http.client.HTTPException) as error:
             gone = isinstance(error, (ConnectionRefusedError, socket.gaierror))
             raise _RetryError(_reason(error), counts=not gone) from None
+        if status != 200 and (key := self._headers.get("Authorization", "")[7:]):
+            content = content.replace(key.encode(), b"(key)")  # some servers repeat it
         if status in LATER or status >= 500:
             what = f"answers {status}: {_message(content)}"
             raise _RetryError(what, _retry_after(headers.get("Retry-After")), counts=status not in BUSY)
@@ -175,6 +182,16 @@ class Server:
             return read(json.loads(content))
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
             raise _RetryError(f"answers what is no reply: {content[:80]!r}") from None
+
+    def _lives(self, url: str) -> bool:
+        """Whether what was answered before is answered now."""
+        try:
+            if self._proof:
+                self._send(url, "POST", *self._proof)
+                self._note_answer(url)
+        except _RetryError:
+            return False
+        return self._proof is not None
 
     def _exchange(self, url: str, method: str, path: str, data: bytes | None) -> tuple[int, Any, bytes]:
         """(status, headers, content) over an idle connection if there is one.
@@ -259,7 +276,8 @@ def _base(url: str) -> str:
         good = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
     except ValueError:
         good = False
-    if not good or parts.username or parts.query or not url.isascii() or not url.isprintable() or " " in url:
+    if not good or "@" in url or parts.query or not url.isascii() or not url.isprintable() or " " in url:
+        url = url.rpartition("@")[2]  # no password
         raise UserError(f"{url!r} is no address of a server; write it as http://localhost:8000")
     path = parts.path.rstrip("/")
     return f"{parts.scheme}://{parts.netloc}{path if path.endswith('/v1') else path + '/v1'}"

@@ -248,8 +248,28 @@ def test_one_request_that_always_fails_does_not_end_the_run(poison, monkeypatch)
         engine = open_openai(server)
         server.always = act
         replies = engine.translate(SOURCES)
+        alone = engine.translate(SOURCES[17:18], attempt=1)
     assert [number for number, reply in enumerate(replies) if reply != Reply("gut", "stop", 20, 7)] == [17]
-    assert replies[17] == Reply("", "failed")
+    assert replies[17] == Reply("", "failed") and alone == [Reply("", "failed")]
+
+
+def test_of_two_servers_one_may_want_hours():
+    with fake_server() as first, fake_server() as second:
+        engine = open_engine(EngineConfig(engine="openai", server=(first.url, second.url)), GERMAN)
+        second.always = status(429, "quota", Retry_After="7200")
+        assert texts(engine.translate(SOURCES)) == [source[::-1] for source in SOURCES]
+
+
+def test_no_message_holds_a_secret(monkeypatch):
+    for url in ("http://user:SECRET@h/v1", "http://:SECRET@h"):
+        with pytest.raises(UserError, match="is no address of a server") as error:
+            Server([url])
+        assert "SECRET" not in str(error.value)
+    monkeypatch.setenv("KEY_OF_TEST", "sk-SECRET")
+    with fake_server() as server:
+        server.always = lambda handler, body: send(handler, 401, {"message": "no sk-SECRET"})
+        with pytest.raises(UserError, match=r"refuses the key \(401: no \(key\)\)"):
+            open_openai(server, key_variable="KEY_OF_TEST")
 
 
 @pytest.mark.parametrize("trouble", ["500", "429", "garbage", "half a line"])
