@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import re
 import unicodedata
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ def empty(_filters: RowFilters, row: Row, _raw: dict, _expected: str | None) -> 
 
 def equal_answers(_filters: RowFilters, row: Row, _raw: dict, _expected: str | None) -> str | None:
     """A pair whose two answers are the same, as a translation can make them."""
-    if isinstance(row, PreferencePair) and _same(row.chosen) == _same(row.rejected):
+    if isinstance(row, PreferencePair) and _joined(_said(row.chosen)) == _joined(_said(row.rejected)):
         return row.chosen[-1]["content"][:60]
     return None
 
@@ -95,8 +96,13 @@ def language(_filters: RowFilters, row: Row, _raw: dict, expected: str | None) -
     """
     if expected is None:
         return None
-    asked = "\n".join(text for role, text in all_turns(row) if role == "user")
-    for name, text in _answers(row).items():
+    turns = all_turns(row)
+    answers = {turns[-1][0]: turns}
+    if isinstance(row, PreferencePair):
+        answers = {"chosen": _said(row.chosen), "rejected": _said(row.rejected)}
+    asked = "\n".join(text for role, text in turns if role == "user")
+    for name, turns in answers.items():
+        text = "\n".join(text for role, text in turns if role in ("assistant", "text"))
         found = reply_language(text, asked, {*CANDIDATES, expected})
         if found not in (None, expected):
             return f"{name} is {found}"
@@ -121,7 +127,7 @@ def refusal(_filters: RowFilters, row: Row, _raw: dict, _expected: str | None) -
     for turn in turns:
         if turn["role"] == "assistant":
             said = " ".join(turn["content"].replace("\u2019", "'").replace("\u02bc", "'").split())
-            if found := _refusals().search(said):
+            if found := _REFUSAL.search(said.lower().lstrip("\"„“»«'*_ ")):
                 return found[0][:60]
     return None
 
@@ -170,10 +176,6 @@ def _key(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def _same(messages: tuple[Message, ...]) -> list[str]:
-    return [_normal(message["content"]) for message in messages]
-
-
 def _normal(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split()).casefold()
 
@@ -187,62 +189,36 @@ def _plain(name: str) -> str:
     return re.sub(r"[\W_]+", "", name.rsplit("/", 1)[-1].split(".")[0]).casefold()
 
 
-def _answers(row: Row) -> dict[str, str]:
-    if isinstance(row, Text):
-        return {"text": row.text}
-    pair = isinstance(row, PreferencePair)
-    answers = {"chosen": row.chosen, "rejected": row.rejected} if pair else {"answer": row.messages}
-    return {
-        name: "\n".join(turn["content"] for turn in turns if turn["role"] == "assistant")
-        for name, turns in answers.items()
-    }
-
-
-@functools.cache
-def _refusals() -> re.Pattern:
-    openings = "|".join(phrase for opening, _ in REFUSALS.values() for phrase in opening)
-    anywhere = "|".join(phrase for _, phrases in REFUSALS.values() for phrase in phrases)
-    return re.compile(rf"^\W*(?:{openings})\b|\b(?:{anywhere})\b", re.IGNORECASE)
-
-
-# How models refuse and speak of themselves: language -> (openings of an answer, phrases anywhere), patterns.
-# People do not say these of themselves; "Es tut mir leid, aber" within a letter or a story they do.
+# How models refuse and speak of themselves, language by language, in lower case; what begins with ^ opens an
+# answer, since "Es tut mir leid, aber ich kann" stands within letters and stories, too.
 _SENTENCE = r"[^.!?]{0,80}"
 _AI_EN = (
-    r"(?:large )?(?:ai|artificial intelligence|language model)"
-    r"(?: language)?(?: model| assistant| chatbot| system)?"
+    r"(?:large )?(?:ai|artificial intelligence|language model)(?: language)?(?: model| assistant| chatbot)?"
 )
 _AI_DE = (
     r"(?:ein\w* |rein\w* |groß\w* )*(?:ki|künstliche intelligenz|(?:ki-|ai-)?sprachmodell"
     r"|(?:ki|ai)[- ](?:assistent(?:in)?|modell|system|chatbot|programm))(?![\w-])"  # no "KI-Forscherin"
 )
-REFUSALS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+REFUSALS: dict[str, tuple[str, ...]] = {
     "en": (
-        (
-            r"i(?:'m| am) (?:very |really |truly )?sorry,? but i (?:can ?not|can't|am unable|am not able)",
-            r"i (?:cannot|can't) (?:fulfill?|comply with|assist with|provide|help with) (?:that|this|your)",
-        ),
-        (
-            rf"as an? {_AI_EN}(?:,|(?= i\b)){_SENTENCE}\b(?:i|i'm|my|me)",
-            rf"i(?: am|'m) (?:just |only )?an? {_AI_EN}(?=[,.;:!?)]|$| (?:and|so|but|that|with|\w+ed)\b)",
-            r"(?:my|the) knowledge cut-?off", r"my last (?:knowledge |training )?update",
-            r"i(?: am|'m) chatgpt", rf"i (?:was|am|have been){_SENTENCE}\bby openai",
-        ),
+        r"^i(?:'m| am) (?:very |really |truly )?sorry,? but i (?:can ?not|can't|am unable|am not able)",
+        r"^i (?:cannot|can't) (?:fulfill?|comply with|assist with|provide|help with) (?:that|this|your)",
+        rf"as an? {_AI_EN}(?:,|(?= i\b)){_SENTENCE}\b(?:i|i'm|my|me)",
+        rf"i(?: am|'m) (?:just |only )?an? {_AI_EN}(?=[,.;:!?)]|$| (?:and|so|but|that|with|\w+ed)\b)",
+        r"(?:my|the) knowledge cut-?off", r"my last (?:knowledge |training )?update",
+        r"i(?: am|'m) chatgpt", rf"i (?:was|am|have been){_SENTENCE}\bby openai",
     ),
     "de": (
-        (
-            r"(?:es )?tut mir (?:sehr |wirklich )?leid, (?:aber )?(?:ich kann|das kann ich|als)",
-            r"entschuldigung, (?:aber )?(?:ich kann|das kann ich)",
-        ),
-        (
-            rf"als {_AI_DE}{_SENTENCE}\b(?:ich|mir|mich|mein\w*)", rf"ich\b[^.!?]{{0,30}}\bals {_AI_DE}",
-            rf"ich bin (?:nur |bloß |lediglich )?(?:eine? )?{_AI_DE}",
-            r"meine?[mns]? (?:letzte[rsn]? )?wissensstand\w*", r"stand meines wissens", r"ich bin chatgpt",
-            r"meine?[mnrs]? letzten? (?:wissens-?|trainings-?)?(?:update|aktualisierung)",
-            rf"ich (?:wurde|bin){_SENTENCE}\bvon openai",
-        ),
+        r"^(?:es )?tut mir (?:sehr |wirklich )?leid, (?:aber )?(?:ich kann|das kann ich|als)",
+        r"^entschuldigung, (?:aber )?(?:ich kann|das kann ich)",
+        rf"als {_AI_DE}{_SENTENCE}\b(?:ich|mir|mich|mein\w*)", rf"ich\b[^.!?]{{0,30}}\bals {_AI_DE}",
+        rf"ich bin (?:nur |bloß |lediglich )?(?:eine? )?{_AI_DE}", r"ich bin chatgpt",
+        r"meine?[mns]? (?:letzte[rsn]? )?wissensstand\w*", r"stand meines wissens",
+        r"meine?[mnrs]? letzten? (?:wissens-?|trainings-?)?(?:update|aktualisierung)",
+        rf"ich (?:wurde|bin){_SENTENCE}\bvon openai",
     ),
 }  # fmt: skip
+_REFUSAL = re.compile(rf"\b(?:{'|'.join(itertools.chain(*REFUSALS.values()))})\b")
 _CHECKS = {
     "empty": empty, "equal_answers": equal_answers, "tie": tie, "test_set": test_set, "language": language,
     "length_ratio": length_ratio, "refusal": refusal, "contaminated": contaminated,

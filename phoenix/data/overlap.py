@@ -18,6 +18,8 @@ from phoenix.files import UserError, read_json
 RUN = 13  # words, as for GPT-3 (arXiv 2005.14165, appendix C)
 SHORT, SHORTEST = 8, 4  # words of a question that is searched within texts, and as a whole text
 BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
+# What a byte stands for in the polynomial; RandomState draws the same in every version of numpy.
+BYTES = np.random.RandomState(0).randint(0, 2**64, 256, np.uint64)
 FIELDS = (  # where test sets and the formats of rows have their questions
     "turns", "question", "ctx", "ctx_a", "query", "problem", "goal", "prompt", "instruction",
     "instruction_de", "messages", "conversations", "conversation", "chosen", "text",
@@ -93,13 +95,20 @@ def run_hashes(words: list[str], sizes: Collection[int]) -> np.ndarray:
     return np.concatenate(runs) if runs else np.empty(0, np.uint64)
 
 
-def strings(value: Any) -> Iterator[str]:
-    """All strings in a raw row, however deep."""
+def strings(value: Any, *, asked: bool = False) -> Iterator[str]:
+    """All strings in a raw row, however deep; asked: not an assistant's turns, nor choices of an answer."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict | list):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from strings(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from strings(part, asked=asked)
+    elif isinstance(value, dict) and not (asked and _role(value) in NO_QUESTION):
+        for key, part in value.items():
+            yield from () if asked and key in ("choices", "role", "from") else strings(part, asked=asked)
+
+
+def _role(turn: dict) -> str:
+    return str(turn.get("role", turn.get("from"))).lower()
 
 
 def _test_rows(path: Path) -> Iterator[tuple[Any, dict]]:
@@ -119,27 +128,4 @@ def _questions(path: Path, name: Any, row: dict) -> Iterator[str]:
             f"{', '.join(FIELDS)}; rename the field"
         )
     for field in found:
-        yield from _asked(by_name[field])
-
-
-def _asked(value: Any) -> Iterator[str]:
-    """Strings of a field, less the choices of ARC's questions and what an assistant says."""
-    if isinstance(value, dict):
-        if str(value.get("role", value.get("from"))).lower() not in NO_QUESTION:
-            for key, part in value.items():
-                yield from _asked(part) if key not in ("choices", "role", "from") else ()
-    elif isinstance(value, list):
-        for part in value:
-            yield from _asked(part)
-    elif isinstance(value, str):
-        yield value
-
-
-def _mixed(number: np.ndarray) -> np.ndarray:
-    """splitmix64's last steps: every bit depends on every bit."""
-    number = (number ^ (number >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    number = (number ^ (number >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return number ^ (number >> np.uint64(31))
-
-
-BYTES = _mixed(np.arange(1, 257, dtype=np.uint64) * np.uint64(BASE))  # what a byte stands for
+        yield from strings(by_name[field], asked=True)

@@ -133,7 +133,7 @@ SPANISH = "La torre está desde hace muchos años en el centro de la ciudad y se
 
 def test_answers_in_another_language_are_found_and_what_is_undecided_stays():
     pytest.importorskip("py3langid")
-    assert found("language", conversation("Wo?", ENGLISH), language="de") == "answer is en"
+    assert found("language", conversation("Wo?", ENGLISH), language="de") == "assistant is en"
     assert found("language", conversation(ENGLISH, GERMAN), language="de") is None
     assert (
         found("language", conversation("Wo?", GERMAN, "And in English?", ENGLISH, "?", GERMAN), language="de")
@@ -211,7 +211,7 @@ ABOUT = [
 @pytest.mark.parametrize("text", REFUSALS)
 def test_a_model_that_speaks_of_itself_or_refuses_by_its_phrase_is_found(text):
     said = found("refusal", conversation("Hallo", "Guten Tag!", "Was?", text))
-    assert said and " ".join(text.replace("\u2019", "'").split()).find(said) >= 0
+    assert said and said in " ".join(text.replace("\u2019", "'").lower().split())
     assert found("refusal", pair("Hallo", text, "Guten Tag!")) == said
     assert found("refusal", conversation(text, "Guten Tag!")) is None
     assert found("refusal", pair("Hallo", "Guten Tag!", text)) is None
