@@ -48,7 +48,7 @@ def near_duplicates(signatures: np.ndarray, candidates: np.ndarray, threshold: f
     pairs of 0.85 are found at 0.8.  In a group of more than 16 unlike rows that share a band a pair may stay.
     Memory: below 60 bytes a row beside the map.
     """
-    width = max(width for width in range(1, NUM_PERM + 1) if _chance(threshold, width) >= FOUND)
+    width = max((w for w in range(1, NUM_PERM + 1) if _chance(threshold, w) >= FOUND), default=1)
     least = threshold - 0.5 * (threshold * (1 - threshold) / NUM_PERM) ** 0.5
     found = np.full(len(candidates), -1, np.int64)  # places in candidates
     for start in range(0, NUM_PERM - width + 1, width):

@@ -28,7 +28,7 @@ NO_QUESTION = {"assistant", "gpt", "chatgpt", "bing", "bard", "system"}
 
 
 class EvalIndex:
-    """The questions of test files, as sorted hashes: 12 bytes a word of theirs in memory."""
+    """The questions of test files, as sorted hashes: some 30 bytes a word of theirs in memory."""
 
     def __init__(self, paths: tuple[Path, ...], length: int = RUN) -> None:
         """Read files of MT-Bench, HellaSwag, ARC, MMLU, GSM8K, TruthfulQA, or of rows of any known format.
@@ -113,8 +113,11 @@ def _role(turn: dict) -> str:
 
 def _test_rows(path: Path) -> Iterator[tuple[Any, dict]]:
     """(name, row); a .json file may be one object of rows by name, as MT-Bench-DE is."""
-    if path.suffix == ".json" and isinstance(rows := read_json(path, "questions of a test set"), dict):
-        rows = rows if all(isinstance(row, dict) for row in rows.values()) else {1: rows}
+    try:
+        rows = read_json(path) if path.suffix == ".json" else None
+    except UserError:  # JSON lines under this name; read_rows says what is wrong with other files
+        rows = None
+    if isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values()):
         return iter(rows.items())
     return read_rows(path)
 

@@ -114,6 +114,11 @@ def test_an_object_of_rows_names_them_by_their_keys(tmp_path):
     assert EvalIndex((path,)).hit([TEN]).startswith(f"{path}, row 82: ")
     path.write_text(json.dumps([{"turns": [LONG]}, {"turns": [TEN]}]))
     assert EvalIndex((path,)).hit([TEN]).startswith(f"{path}, row 2: ")
+    for rows in ([{"turns": [LONG]}], [{"turns": [LONG]}, {"turns": [TEN]}]):  # JSON lines under that name
+        assert EvalIndex((written(path, rows),)).hit([LONG]).startswith(f"{path}, row 1: ")
+    path.write_text('{"81": {"turns": ')
+    with pytest.raises(UserError, match=r"mt\.json, line 1: cannot be read"):
+        EvalIndex((path,))
 
 
 def test_a_file_without_questions_is_refused_with_its_fields(tmp_path):
@@ -122,7 +127,7 @@ def test_a_file_without_questions_is_refused_with_its_fields(tmp_path):
         UserError, match=r"t.jsonl, row 2: found the fields frage, antwort; expected .*question"
     ):
         EvalIndex((path,))
-    with pytest.raises(UserError, match=r"none\.json: there is no such file"):
+    with pytest.raises(UserError, match=r"none\.json does not exist; expected a file of rows"):
         EvalIndex((tmp_path / "none.json",))
 
 
