@@ -6,6 +6,7 @@ of unknown licence passes no policy but "none".  This is bookkeeping, no legal a
 """
 
 import difflib
+import functools
 import hashlib
 import re
 import tomllib
@@ -23,6 +24,7 @@ FOLDER = Path(__file__).parents[2] / "recipes" / "licenses"
 PLATYPUS = "open_platypus"  # the table of rows that have its columns
 
 
+@functools.lru_cache(4096)
 def canonical(name: str) -> str | None:
     """The SPDX spelling of a licence, of LicenseRef-... as it is, or of several joined by AND and OR.
 

@@ -27,7 +27,7 @@ class Source:
     split: str | None = option("only files whose name holds it between - . or /, as train_sft", None)
     revision: str | None = option("commit, tag or branch on the hub; none: the newest", None)
     weight: float = option("share of the kept rows taken; 2.5: twice each, half of them again", 1.0,
-                           bounds="above 0")  # fmt: skip
+                           bounds="of at least 0")  # fmt: skip
     cap: int | None = option("rows at most, after all filters and the weight", None, bounds="above 0")
     license: str | None = option("SPDX name, for rows that state none", None)
     license_table: str | None = option(

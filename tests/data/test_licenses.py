@@ -1,5 +1,6 @@
 """Which rows a policy lets pass; the Open-Platypus counts are those that its card publishes."""
 
+import dataclasses
 import json
 import random
 import tomllib
@@ -275,3 +276,21 @@ def test_a_source_without_any_licence_is_told_what_to_state():
     said = unlicensed_sentence(Source("rows.jsonl"), "nc")
     assert all(word in said for word in ("rows.jsonl", "license_policy=nc", "license_table (open_platypus)"))
     assert "license_join" in unlicensed_sentence(Source("rows.jsonl", license_join="b"), "nc")
+
+
+def test_the_sources_of_the_paper_state_what_is_asked_of_them():
+    config = tomllib.loads((FOLDER.parent / "configs" / "paper_data.toml").read_text())
+    assert config["license_policy"] == "nc" and len(config["sources"]) == 6
+    passes = {"nc": set(), "strict": set()}
+    for table in config["sources"]:
+        source = Source(**table)
+        assert source.attribution and source.url and source.language == "de"
+        assert bool(source.license) != bool(source.license_join), source.label
+        for policy, names in passes.items():
+            licenses = Licenses(dataclasses.replace(source, license_join=None), policy)
+            license = licenses.of({}, None) or "MIT"  # of a row that the join finds
+            names |= {source.label} if licenses.why_dropped(license) is None else set()
+    assert passes == {
+        "nc": {Source(**table).label for table in config["sources"]},
+        "strict": {"Dolly-15k-German"},
+    }

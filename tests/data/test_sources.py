@@ -25,7 +25,7 @@ ULTRACHAT = [
 @pytest.fixture
 def folder(tmp_path):
     """Files of rows at several depths, beside what are none."""
-    names = [*ULTRACHAT, "train.jsonl", "more/train/0.csv", "a[1].jsonl.gz", "odd.json"]
+    names = [*ULTRACHAT, "train.jsonl", "more/train/0.csv", "a[1].jsonl.gz", "odd.json", "strain.csv"]
     others = ["README.md", "load.py", "dataset_infos.json", ".cache/x.jsonl", "__pycache__/x.json"]
     for name in [*names, *others]:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +69,7 @@ def test_mistakes_are_one_sentence(folder):
         (Source(f"{folder}/nothing"), ["no file of rows", "there are none"]),
         (Source(f"{folder}/*.txt"), ["no file of rows", *READERS]),
         (Source(f"{folder}/load.py"), ["load.py", *READERS]),
-        (Source(f"{folder}", split="dev"), ["split 'dev'", "test_sft, train, train_gen, train_sft"]),
+        (Source(f"{folder}", split="dev"), ["split 'dev'", "strain, test_sft, train, train_gen, train_sft"]),
         (Source(f"{folder}/train.jsonl", revision="main"), ["not on the hub"]),
         (Source("hf://datasets/alone"), ["hf://datasets/ORG/NAME"]),
         (Source("hf://datasets/org/set@v1", revision="v2"), ["revision is 'v2'"]),
@@ -88,7 +88,8 @@ def test_the_label_is_the_last_part_of_the_path():
 COMMIT = hashlib.sha1(b"first").hexdigest()
 HUB_FILES = {
     **{name: f"PAR1 {name}".encode() for name in ULTRACHAT},
-    "more/rows.jsonl": b'{"text": "a"}\n', "more/[x].jsonl": b'{"text": "b"}\n', "load.py": b"1 / 0",
+    "more/rows.jsonl": b'{"text": "a"}\n', "more/[x].jsonl": b'{"text": "b"}\n', "moreover.jsonl": b"{}",
+    "load.py": b"1 / 0",
     "dataset_infos.json": b"{}", "README.md": b"#",
 }  # fmt: skip
 
@@ -192,7 +193,8 @@ def test_a_split_of_a_hub_set_is_fetched_once_at_a_commit_and_found_offline(hub)
     ("hf://datasets/org/set/more/rows.jsonl@v1", {}, ["more/rows.jsonl"]),
     ("hf://datasets/org/set/more", {}, ["more/[x].jsonl", "more/rows.jsonl"]),
     ("hf://datasets/org/set/data/t*_sft*", {"revision": "v1"}, [*ULTRACHAT[4:], *ULTRACHAT[:2]]),
-    (f"hf://datasets/org/set@{COMMIT}", {}, [*sorted(ULTRACHAT), "more/[x].jsonl", "more/rows.jsonl"]),
+    (f"hf://datasets/org/set@{COMMIT}", {}, [*sorted(ULTRACHAT), "more/[x].jsonl", "more/rows.jsonl",
+                                                      "moreover.jsonl"]),
 ])  # fmt: skip
 def test_files_folders_and_globs_of_the_hub_without_its_scripts(hub, path, fields, expected):
     files, revision, _ = hub(path=path, **fields)
