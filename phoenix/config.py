@@ -243,7 +243,8 @@ def _from_text(field: tuple[dataclasses.Field, Any], text: str, where: str) -> A
         value = tomllib.loads(f"v = {text}")["v"]
     except (ValueError, RecursionError):
         value = text
-    if not isinstance(value, str) and _accepts_text(field[1]):
+    lists = any(typing.get_origin(kind) is tuple for kind in _alternatives(field[1]))
+    if not isinstance(value, (str, list) if lists else str) and _accepts_text(field[1]):
         value = text
     if tuple[str, ...] in _alternatives(field[1]) and isinstance(value, str):
         value = [value] if value not in ("", "none") and value[0] != "[" else value

@@ -10,14 +10,13 @@ what is translated is safe batch by batch.  The same command goes on.  --help li
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,14 @@ from tqdm import tqdm
 
 from phoenix.config import check_bounds, option, run_recipe
 from phoenix.files import UserError, atomic_write, describe_file, json_digest, read_json, sha256, write_json
-from phoenix.translate import pipeline
+from phoenix.translate import assembly, pipeline
 from phoenix.translate.assembly import Assembler, References, Translations, read_corrections
-from phoenix.translate.checks import check_comet
+from phoenix.translate.checks import check_scoring
 from phoenix.translate.claims import Claims
-from phoenix.translate.engines import EngineConfig, open_engine
+from phoenix.translate.engines import EngineConfig, check_engine, open_engine
 from phoenix.translate.language import Language, load_language
 from phoenix.translate.ledger import Ledger, Prices, Progress
-from phoenix.translate.page import plain, table, write_page
+from phoenix.translate.page import print_sample, table, what_is_not_translated, write_page
 from phoenix.translate.pipeline import Parts, Record, Shards, Stop, Translator, Worker
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart_translate.toml"
@@ -93,48 +92,45 @@ class TranslateConfig(EngineConfig):
 
 def main(config: TranslateConfig) -> Path:
     """Translate; returns the file of rows.  Raises UserError, and Interrupted if a signal asked to stop."""
-    check(config)
-    language, corrections = load_language(config.language), read_corrections(config.corrections)
-    run = identity(config, language)
-    with Stop() as stop, Claims(config.output / "claims", config.stale_after, config.batch_timeout) as claims:
-        shards = collect(config, run, claims, stop)
-        while config.merge == "all" and not is_merged(config):
-            if sampled := translate(config, shards, language, claims, stop):
-                return show_sample(config, shards, sampled)
-            if claims.take(["merge"]):
+    with Stop() as stop:
+        check(config)
+        language, corrections = load_language(config.language), read_corrections(config.corrections)
+        with Claims(config.output / "claims", config.stale_after, config.batch_timeout) as claims:
+            shards = collect(config, identity(config, language), claims, stop)
+            while config.merge == "all" and not is_merged(config):
+                if sampled := translate(config, shards, language, claims, stop):
+                    return show_sample(config, shards, sampled)
+                if claims.take(["merge"]):
+                    put_together(config, shards, language, corrections, stop)
+                    claims.give_up()
+                else:
+                    stop.wait()
+            if config.merge == "partial":
                 put_together(config, shards, language, corrections, stop)
-                claims.give_up()
-            else:
-                stop.wait()
-        if config.merge == "partial":
-            put_together(config, shards, language, corrections, stop)
     path = output_file(config, "translated.jsonl")
     if is_first():
-        print(f"{table(read_json(output_file(config, 'ledger.json')))}\nwrote {path}")
+        ledger = read_json(output_file(config, "ledger.json"))
+        print(f"{table(ledger)}\nwrote {path}{what_is_not_translated(ledger)}")
     return path
 
 
 def collect(config: TranslateConfig, run: Row, claims: Claims, stop: Stop) -> Shards:
     """1. Rows -> unique segments in shards: by the first process that comes, while the others wait."""
     path, manifest = config.output / "run.json", config.output / "segments" / "manifest.json"
-    if path.exists():
-        pipeline.compare(path, run)
     while not manifest.exists():
         if config.merge == "partial":
             raise UserError(f"{config.output}: nothing is translated yet; start without merge=partial first")
         if claims.take(["collect"]) is None:
             stop.wait()
             continue
-        if not path.exists():
-            write_json(path, run)
-        pipeline.compare(path, run)
         if not manifest.exists():
+            write_json(path, run)
             pipeline.collect(config.output, taken_apart(config, "collect", stop), config.shard_size)
         claims.give_up()
     pipeline.compare(path, run)
-    agreed = config.output / "engine.json"
-    if config.model and agreed.exists():  # also where all is done, and no engine is opened
-        pipeline.compare(agreed, {"label": {"model": model_name(config)}})
+    model = read_label(config)["model"]  # also where all is done, and no engine is opened
+    if config.model and model not in (None, model_name(config)):
+        raise UserError(f"{config.output} is translated by {model}; set model=, or choose another output")
     return Shards(config.output)
 
 
@@ -147,9 +143,11 @@ def translate(
     sampled: dict[str, Record] = {}
     began = time.monotonic()
     with contextlib.ExitStack() as stack:
+        stop.opening = True
         engine = stack.enter_context(contextlib.closing(open_engine(config, language)))
+        stop.opening = False
         shards.book_loading(time.monotonic() - began)
-        settings = engine.settings()
+        settings = {**engine.settings(), "lingua": find_spec("lingua") is not None}  # it decides flags
         name = model_name(config) or settings.get("model")
         label = {"engine": config.engine, "model": name, "prompt": settings.get("prompt")}
         pipeline.agree(config.output / "engine.json", {"label": label, "settings": settings}, claims, stop)
@@ -157,22 +155,22 @@ def translate(
         bar = stack.enter_context(contextlib.closing(progress))
         translator = Translator(engine, language, config.max_attempts)
         worker = Worker(shards, translator, claims, stop, config.batch_size, bar.add)
-        while open_ones := shards.open_ones():
+        tried = set()
+        while open_ones := [number for number in shards.open_ones() if number not in tried]:
+            stop.check()
             bar.see_done(open_ones)
             number = worker.claim(open_ones)
             if number is None:
                 stop.wait()
                 continue
-            try:
-                sampled |= worker.translate(number, config.sample - len(sampled) if config.sample else None)
-            except UserError as error:
-                if not is_first():  # which alone speaks at the end, and does not know of this
-                    print(f"error of rank {os.environ['RANK']}: {error}", file=sys.stderr)
-                raise
+            records = worker.translate(number, config.sample - len(sampled) if config.sample else None)
             claims.give_up()
-            if config.sample and (len(sampled) >= config.sample or len(open_ones) == 1):
-                return sampled
-    return {}
+            if config.sample:
+                tried.add(number)
+                sampled |= records
+            if config.sample and len(sampled) >= config.sample:
+                break
+    return sampled
 
 
 def put_together(
@@ -192,17 +190,26 @@ def put_together(
         ledger.add(records)
     label = read_label(config) | {"language": language.code}
     assembler = Assembler(translations, language, label, corrections, config.on_failure == "drop")
-    rows, references = Counter(), References(config.references)
+    rows, left, references = Counter(), Counter(), References(config.references)
     with atomic_write(output_file(config, "translated.jsonl"), "wb") as file:
-        for (where, row, task, parts), other in zip(taken_apart(config, "put together", stop), references):
+        for where, row, task, parts in taken_apart(config, "put together", stop):
             outcome, made = ("task", {}) if task and config.tasks == "skip" else assembler(row, parts, task)
             rows[outcome] += 1
+            other = references.next()
             if outcome == "written":
                 file.write(pipeline.to_json(made) + b"\n")
                 rows["register_mixed"] += made["translation"]["register"] == "mixed"
-                references.add(where, row, other, made)
-    summary = {"complete": config.merge == "all", "rows": dict(rows), "input": shards.counts}
-    summary |= {"corrections_used": len(assembler.used), **ledger.totals()}
+                rows["with_source_kept"] += made["translation"]["kept_in_source"] > 0
+                if parts:
+                    references.add(where, row, other, made)
+                    left.update(pipeline.left_texts(row, parts))
+    summary = {"complete": config.merge == "all", "rows": dict(rows), "fields_left_as_they_are": dict(left)}
+    summary |= {
+        "input": shards.counts,
+        "corrections": len(corrections),
+        "corrections_used": len(assembler.used),
+    }
+    summary |= ledger.totals()
     summary |= references.scores(config.comet_model)
     write_page(output_file(config, "report.html"), f"Translation in {config.output}", summary, ledger)
     file = describe_file(output_file(config, "translated.jsonl"))
@@ -219,8 +226,7 @@ def show_sample(config: TranslateConfig, shards: Shards, sampled: dict[str, Reco
     shown = [(source, record.text, record.flags) for source, record in sampled.items()]
     path, title = config.output / "sample.html", f"{len(shown)} random segments of {config.output}"
     write_page(path, title, summary, ledger, shown=shown)
-    for source, text, flags in shown:
-        print(f"- {plain(source)}\n  {plain(text)}", *(f"[{flag}]" for flag in flags))
+    print_sample(shown)
     hours = ledger.seconds * total / max(ledger.characters, 1) / 3600
     unique = shards.manifest["unique"]
     print(f"\nestimate for all {unique:,} segments ({total:,} characters), from this sample:")
@@ -232,26 +238,28 @@ def show_sample(config: TranslateConfig, shards: Shards, sampled: dict[str, Reco
 def check(config: TranslateConfig) -> None:
     """Everything cheap, before anything expensive."""
     check_bounds(config)
+    check_engine(config)
+    check_scoring(config.references, config.comet_model)
     if not all(0 <= price < math.inf for price in config.api_price_per_million_tokens):
         raise UserError("api_price_per_million_tokens: a price is below 0 or no number; correct it")
-    if config.comet_model:
-        check_comet(config.comet_model, config.references)
     missing = [str(path) for path in config.files if not path.is_file()]
     if missing or not config.files:
-        raise UserError(f"input: no such file: {', '.join(missing) or 'the list is empty'}; correct it")
+        raise UserError(f"input: there is no file {', '.join(missing) or 'at all'}; correct it")
     folder = config.output
     names = [path.name for path in folder.iterdir() if path.name != "claims"] if folder.is_dir() else []
     is_file = folder.exists() and not folder.is_dir()
     if is_file or (names and "run.json" not in names and not all(name.startswith(".") for name in names)):
-        raise UserError(f"{folder} exists and is no run of translation; choose another output, or remove it")
+        raise UserError(f"{folder} exists and is no run of translation; choose another output")
 
 
 def identity(config: TranslateConfig, language: Language) -> Row:
     """What makes a run this one and no other; prices, batches and what comes last may change."""
-    names = "engine errors tasks max_chars translate_json shard_size max_attempts".split()
+    names = "engine prompt_format errors tasks max_chars translate_json shard_size max_attempts".split()
     settings = {name: getattr(config, name) for name in names}
-    files = {str(number): sha256(path) for number, path in enumerate(config.files)}
-    return {"format_version": 1, **settings, "language": dataclasses.asdict(language), "input": files}
+    settings["table"] = config.table and sha256(config.table)
+    files = [f"{path.name}, sha256 {sha256(path)[:16]}" for path in config.files]
+    settings["input"] = {str(number): file for number, file in enumerate(files, 1)}
+    return {"format_version": 1, **settings, "language": dataclasses.asdict(language)}
 
 
 def read_label(config: TranslateConfig) -> Row:
@@ -272,8 +280,7 @@ def taken_apart(
     rows = pipeline.read_input(config.files, config.errors)
     for where, row in tqdm(rows, desc=doing, unit=" rows", disable=None if is_first() else True):
         stop.check()
-        options = {"max_chars": config.max_chars, "json_strings": config.translate_json}
-        task, parts = pipeline.take_apart(row, where, **options)
+        task, parts = pipeline.take_apart(row, where, config.max_chars, config.translate_json)
         yield where, row, task, parts if task is None or config.tasks == "translate" else {}
 
 
@@ -290,14 +297,7 @@ def merge_digest(config: TranslateConfig) -> str:
 def is_merged(config: TranslateConfig) -> bool:
     """The rows are there, whole, and as this config wants them."""
     path, rows = output_file(config, "ledger.json"), output_file(config, "translated.jsonl")
-    if not path.exists() or not rows.exists():
-        return False
-    try:
-        ledger = json.loads(path.read_bytes())
-        is_sound, made = ledger["digest"] == json_digest(ledger), ledger["made"]
-        return is_sound and made["with"] == merge_digest(config) and made["file"] == describe_file(rows)
-    except (ValueError, KeyError, TypeError):
-        return False  # damaged
+    return assembly.is_made(path, rows, merge_digest(config))
 
 
 def output_file(config: TranslateConfig, name: str) -> Path:

@@ -9,13 +9,13 @@ import tempfile
 from array import array
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from phoenix.data.reading import read_rows
-from phoenix.files import UserError
+from phoenix.files import UserError, describe_file, json_digest
 from phoenix.translate import checks, fields
 from phoenix.translate.claims import writing
 from phoenix.translate.language import Language
@@ -99,6 +99,17 @@ class Assembler:
         return part
 
 
+def is_made(ledger: Path, rows: Path, digest: str) -> bool:
+    """Whether rows and ledger are there, whole, and as a config with that digest wants them."""
+    try:
+        value = json.loads(ledger.read_bytes())
+        made = value["made"]
+        is_sound = value["digest"] == json_digest(value) and made["file"] == describe_file(rows)
+        return is_sound and made["with"] == digest
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # missing or damaged
+
+
 def read_corrections(path: Path | None) -> dict[str, str]:
     """source -> translation of the rows of a file; none without a file."""
     corrections = {}
@@ -115,18 +126,17 @@ def read_corrections(path: Path | None) -> dict[str, str]:
 class References:
     """Human translations of the texts of each row: in a field of the row, or in a file of the same rows.
 
-    Iterate beside the rows, then `add`; texts: (source, translation, reference).
+    `next` for each row, and `add` for those that are translated; texts: (source, translation, reference).
     """
 
     def __init__(self, name: str | None) -> None:
+        is_file = name is not None and Path(name).is_file()
+        self.rows = (row for _, row in read_rows(Path(name))) if is_file else itertools.repeat(None)
         self.name, self.texts = name, []
 
-    def __iter__(self) -> Iterator[Row | None]:
-        """The rows of the file; None for each row if it is a field, or nothing."""
-        if not self.name or not Path(self.name).is_file():
-            yield from itertools.repeat(None)
-        yield from (row for _, row in read_rows(Path(self.name)))
-        raise UserError(f"{self.name}: has fewer rows than the input; expected the same rows, translated")
+    def next(self) -> Row | None:
+        """The next row of the file, {} after the last one; None if references are a field, or nothing."""
+        return next(self.rows, {})
 
     def add(self, where: str, row: Row, other: Row | None, translated: Row) -> None:
         if not self.name:
@@ -145,6 +155,8 @@ class References:
 
     def scores(self, comet_model: Path | None) -> dict[str, Any]:
         """{"scores": chrF, BLEU and, with a model, COMET of all texts together}; {} without references."""
+        if next(self.rows, None) is not None:
+            raise UserError(f"{self.name}: has more rows than the input; expected the same rows, translated")
         if not self.texts:
             return {}
         _, translations, references = zip(*self.texts)

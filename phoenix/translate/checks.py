@@ -35,6 +35,11 @@ SHORT, LONG = 40, 150  # characters of a source from which on the first and the 
 LETTERS = 20  # below, identification of a language is guessing
 PART_WORDS, PART_LETTERS = 7, 40  # of a clause that is identified by itself
 LAST = 8000  # characters of a reply that are judged: a longer one is a loop
+# Names of control tokens in use (Llama, Mistral, ChatML, Gemma, BERT) that a server's tokenizer may parse.
+CONTROL = re.compile(
+    r"<\|[^|<>\s]{1,40}\|>|<\uff5c[^\uff5c<>]{1,40}\uff5c>|</?s>|<(?:unk|pad|mask|bos|eos)>"
+    r"|</?(?:start|end)_of_\w+>|\[/?(?:INST|AVAILABLE_TOOLS|TOOL_\w+|SYSTEM_PROMPT|IMG)\]|<</?SYS>>"
+)
 COPIED_WORDS = 5  # in a row, 3 of them in lower case, that a translation has from its source
 
 
@@ -90,8 +95,12 @@ def score(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, Any
     return result
 
 
-def check_comet(model: Path, references: str | None) -> None:
-    """UserError if `comet_score` could not score in the end."""
+def check_scoring(references: str | None, model: Path | None) -> None:
+    """UserError if `score` and, with a model, `comet_score` could not score in the end."""
+    if references:
+        require("sacrebleu", "translate")
+    if model is None:
+        return
     if importlib.util.find_spec("comet") is None:
         raise UserError(
             "comet_model needs the package unbabel-comet, which wants an older numpy; put the rows together "
@@ -348,7 +357,7 @@ _SPAN = re.compile(
 _MOJIBAKE = re.compile(
     r"\ufffd|Ã[\x80-\xbf„“”‘’–—•…™š›œžŸŠ‹ŒŽ]|â€|\\u[0-9a-fA-F]{4}|[\x00-\x08\x0e-\x1f\x7f]"
 )
-_CONTROL = re.compile(r"<\|\w+\|>|\[/?INST\]|</?s>|<</?SYS>>|### ")
+_CONTROL = re.compile(rf"{CONTROL.pattern}|<\|\w+\|>|### ")
 _QUOTED = re.compile(r"„[^“”\"]{0,999}[“”\"]|“[^”]{0,999}”|\"[^\"\n]{0,999}\"|«[^»]{0,999}»|»[^«]{0,999}«")
 _OPENINGS = "Sure,|Sure!|Of course|Certainly|Here is|Here's|Here are|As an AI|I'm sorry|I cannot".split("|")
 # What such an opening may translate.

@@ -30,12 +30,12 @@ GIVEN_UP = (0, 0)  # access and modification time of a claim whose process needs
 class Claims:
     """The claims in one folder, as one process sees them; it holds one of them at most.
 
-    stale_after: seconds without a sign of life; patience: seconds from `expect` until this process is taken
-    for hung, 0 for ever.  Use it as a context: at the end what it holds is given up.
+    stale_after: seconds without a sign of life, the same for all; batch_timeout: seconds from `expect` until
+    this process is taken for hung, 0 for ever.  Use it as a context: at the end what it holds is given up.
     """
 
-    def __init__(self, folder: Path, stale_after: float = 60.0, patience: float = 0.0) -> None:
-        self.folder, self.stale_after, self.patience = Path(folder), stale_after, patience
+    def __init__(self, folder: Path, stale_after: float = 60.0, batch_timeout: float = 0.0) -> None:
+        self.folder, self.stale_after, self.batch_timeout = Path(folder), stale_after, batch_timeout
         self._deadline = math.inf
         self.held: Path | None = None
         self._last_seen: dict[str, tuple[int, float]] = {}  # claim -> its time, and since when on our clock
@@ -56,7 +56,8 @@ class Claims:
         numbers: dict[str, int] = {}
         for entry in os.listdir(self.folder):
             name, _, number = entry.rpartition(".")
-            numbers[name] = max(int(number), numbers.get(name, -1))
+            if number.isdecimal():  # else it is not ours
+                numbers[name] = max(int(number), numbers.get(name, -1))
         for name in sorted(names, key=numbers.__contains__):
             newest = numbers.get(name, -1)
             if newest >= 0 and not self._is_stale(self.folder / f"{name}.{newest}"):
@@ -73,10 +74,11 @@ class Claims:
         return not self.held.with_name(f"{name}.{int(number) + 1}").exists()
 
     def expect(self) -> None:
-        """The next sign of progress, another call or `give_up`, must come within `patience`."""
-        self._deadline = time.monotonic() + (self.patience or math.inf)
+        """The next sign of progress, another call or `give_up`, must come within `batch_timeout`."""
+        self._deadline = time.monotonic() + (self.batch_timeout or math.inf)
 
     def give_up(self) -> None:
+        """Let others take what is held, if it is."""
         with self._lock:
             self._deadline, held, self.held = math.inf, self.held, None
             if held:
@@ -115,7 +117,7 @@ class Claims:
     def _end(self) -> None:
         """At once: what hangs in an engine hears neither an exception nor a signal."""
         try:
-            what = f"{self.held.stem}: no answer to a batch in {self.patience:g} s, so this process ends"
+            what = f"{self.held.stem}: no answer to a batch in {self.batch_timeout:g} s, so this process ends"
             then = "start it again; if the engine is only slow, with a higher batch_timeout"
             print(f"\nerror: {what}; {then}", file=sys.stderr, flush=True)
         finally:
@@ -142,9 +144,10 @@ def _is_dead(path: Path) -> bool:
 
 
 def _machine() -> str:
-    """The machine, and within it the numbering of processes: containers may share a name."""
+    """The machine since it started, and within it the numbering of processes: several may share a name."""
     try:
-        return f"{os.uname().nodename} {os.stat('/proc/self/ns/pid').st_ino}"
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{os.uname().nodename} {boot} {os.stat('/proc/self/ns/pid').st_ino}"
     except OSError:
         return os.uname().nodename
 

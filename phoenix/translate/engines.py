@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -31,15 +32,11 @@ from phoenix.data.reading import read_rows
 from phoenix.files import UserError, require, sha256
 from phoenix.remote import Refusal, Server
 from phoenix.tokenizer import Tokenizer
+from phoenix.translate.checks import CONTROL
 
 if TYPE_CHECKING:
     from phoenix.translate.language import Language
 
-# Names of control tokens in use (Llama, Mistral, ChatML, Gemma, BERT) that a server's tokenizer may parse.
-CONTROL = re.compile(
-    r"<\|[^|<>\s]{1,40}\|>|<\uff5c[^\uff5c<>]{1,40}\uff5c>|</?s>|<(?:unk|pad|mask|bos|eos)>"
-    r"|</?(?:start|end)_of_\w+>|\[/?(?:INST|AVAILABLE_TOOLS|TOOL_\w+|SYSTEM_PROMPT|IMG)\]|<</?SYS>>"
-)
 # vLLM's repetition detection, in tokens: a run of one token ends after 16, so that 1,000,000 is none.
 LOOP = {"max_pattern_size": 32, "min_pattern_size": 2, "min_count": 8}
 TORCHRUN = re.compile(r"(LOCAL_|GROUP_|ROLE_|MASTER_|TORCHELASTIC_)\w+$|RANK$|WORLD_SIZE$")
@@ -93,12 +90,29 @@ class EngineConfig:
     enforce_eager: bool = option("vllm: no compiled graphs; starts faster, runs slower", False)
 
 
+def check_engine(config: EngineConfig) -> None:
+    """UserError for what is wrong with the config alone, before anything is read or loaded."""
+    if config.engine not in ENGINES:
+        raise UserError(f"there is no engine {config.engine!r}; expected one of {', '.join(ENGINES)}")
+    needed = {"vllm": "model=FOLDER", "table": "table=FILE"}.get(config.engine)
+    if needed and getattr(config, needed.partition("=")[0]) is None:
+        raise UserError(f"the engine {config.engine!r} needs one; name it: {needed}")
+    paths = [config.table, config.tokenizer, config.model if config.engine == "vllm" else None]
+    if missing := [str(path) for path in paths if path and not Path(path).exists()]:
+        raise UserError(f"{missing[0]}: there is no such file or folder; get it first, or correct the path")
+    if config.engine == "identity" and (config.model or config.table or config.tokenizer):
+        raise UserError("the engine 'identity' copies, and takes no model; set engine=vllm, openai or table")
+    if config.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        _import_vllm()  # says what to do
+    if config.engine != "identity":
+        require("py3langid", "translate")
+
+
 def open_engine(config: Any, language: Language) -> Engine:
     """The engine that the config names; config: an EngineConfig, or what has some of its fields."""
     names = [field.name for field in dataclasses.fields(EngineConfig)]
     config = EngineConfig(**{name: getattr(config, name) for name in names if hasattr(config, name)})
-    if config.engine not in ENGINES:
-        raise UserError(f"there is no engine {config.engine!r}; expected one of {', '.join(ENGINES)}")
+    check_engine(config)
     return ENGINES[config.engine](config, language)
 
 
@@ -137,8 +151,6 @@ class TableEngine:
     name = "table"
 
     def __init__(self, path: Path | None) -> None:
-        if path is None:
-            raise UserError("the engine 'table' answers from a file; name it: table=FILE")
         self.answers: dict[str, str] = {}
         for line, row in read_rows(path):
             source, translation = row.get("source"), row.get("translation")
@@ -166,8 +178,6 @@ class VLLMEngine:
     name = "vllm"
 
     def __init__(self, config: EngineConfig, language: Language) -> None:
-        if config.model is None:
-            raise UserError("the engine 'vllm' needs a model; name its folder: model=FOLDER")
         self.config, self.language, folder = config, language, Path(config.model)
         self.prompts = Prompts(folder, language, config.prompt_format, config.chat_template)
         _claim_devices(config.tensor_parallel_size)
@@ -308,10 +318,13 @@ class OpenAIEngine:
 
     def _probe(self) -> None:
         """One request before all others: a server that refuses this one would refuse each."""
-        body = self._body("Good morning.", 0) | {"max_tokens": 1}
-        answer = self._server.ask("POST", self._path, body, _read_choice)
-        if isinstance(answer, Refusal):
-            raise UserError(f"{self._server.urls[0]}{self._path} refuses a request: {answer.message}")
+        answer = self._body("Good morning.", 0)
+        if not isinstance(answer, Reply):
+            answer = self._server.ask("POST", self._path, answer | {"max_tokens": 1}, _read_choice)
+        if isinstance(answer, Refusal) or answer.finish_reason == "too_long":
+            why = answer.message if isinstance(answer, Refusal) else f"it takes {self._room} tokens at most"
+            what = f"{self._server.urls[0]}{self._path} refuses a request: {why}"
+            raise UserError(f"{what}; start the server or set model and prompt_format otherwise")
 
 
 class Prompts:

@@ -1,7 +1,8 @@
 """What a run of translation did and cost, and what the same text costs elsewhere (section 3.1 of the paper).
 
 Characters are code points, as translation services count them.  Only what was sent counts: each segment once,
-with marks in place of protected spans, blanks and what is never translated left out.
+in sent_characters and the price as often as it was asked, with marks in place of protected spans; blanks and
+what is never translated are left out.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Ledger:
     segments: int = 0
     failed: int = 0
     characters: int = 0
+    sent_characters: int = 0
     translated_characters: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -57,6 +59,7 @@ class Ledger:
             self.segments += 1
             self.failed += record.failed
             self.characters += len(source)
+            self.sent_characters += len(source) * (record.attempt + 1)
             self.translated_characters += len(record.text)
             self.prompt_tokens += record.prompt_tokens
             self.completion_tokens += record.completion_tokens
@@ -64,7 +67,7 @@ class Ledger:
             self.flags.update(record.flags)
             self.attempts[str(record.attempt + 1)] += 1
             self.ratios[min(round(len(record.text) / len(source) / RATIO_STEP) * RATIO_STEP, MAX_RATIO)] += 1
-            for flag in record.flags:
+            for flag in record.flags or ("no flag",):
                 shown = self.examples.setdefault(flag, [])
                 if len(shown) < EXAMPLES:
                     shown.append((source, record.text))
@@ -77,12 +80,14 @@ class Ledger:
         """In EUR, of so many times this text."""
         prompt, reply = self.prices.api_million_tokens
         tokens = self.prompt_tokens * prompt + self.completion_tokens * reply
-        api = self.characters * self.prices.api_character + tokens / 1e6
+        api = self.sent_characters * self.prices.api_character + tokens / 1e6
         return share * api + self.gpu_hours(share) * self.prices.gpu_hour
 
     def totals(self) -> dict[str, Any]:
         """For ledger.json; all that is time, or follows from it, stands under "time_and_money"."""
-        names = "segments failed characters translated_characters prompt_tokens completion_tokens"
+        names = (
+            "segments failed characters sent_characters translated_characters prompt_tokens completion_tokens"
+        )
         counts = {name: getattr(self, name) for name in names.split()}
         counts |= {name: dict(sorted(getattr(self, name).items())) for name in ("flags", "attempts")}
         spent = {"engines_loaded": len(self.loading)}

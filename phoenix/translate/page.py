@@ -8,7 +8,7 @@ from typing import Any
 
 from phoenix import report
 from phoenix.translate.checks import FLAGS
-from phoenix.translate.ledger import EXAMPLES, Ledger
+from phoenix.translate.ledger import Ledger
 
 
 def write_page(
@@ -30,7 +30,8 @@ def write_page(
         sections += [report.curves(name, {"segments": points})]
     sections += [report.heading("Flags"), report.table(("flag", "segments", "is"), _flags(ledger))]
     for flag, examples in sorted(ledger.examples.items()):
-        sections += [report.heading(f"{flag}: {min(ledger.flags[flag], EXAMPLES)} of {ledger.flags[flag]}")]
+        of_all = f" of {ledger.flags[flag]}" if flag in ledger.flags else ""
+        sections += [report.heading(f"{flag}: {len(examples)}{of_all}")]
         sections += [report.side_by_side(("source", "translation"), examples)]
     return report.write_report(path, title, sections)
 
@@ -42,6 +43,21 @@ def table(summary: Mapping[str, Any]) -> str:
               for line in summary["time_and_money"]["comparison"]]  # fmt: skip
     width = max(len(name) for name, _ in lines)
     return "\n".join(plain(f"{name:{width}}  {value}") for name, value in lines)
+
+
+def what_is_not_translated(ledger: Mapping[str, Any]) -> str:
+    """A line for the terminal, or none."""
+    if ledger["made"]["label"]["engine"] == "identity":
+        return "\nnothing was translated: the engine 'identity' copies"
+    rows, failed = ledger["rows"].get("with_source_kept", 0), ledger["failed"]
+    what = f"{failed:,} of {ledger['segments']:,} segments failed, so {rows:,} rows hold text as it was"
+    return f"\n{what}; see report.html" if failed else ""
+
+
+def print_sample(shown: Iterable[tuple[str, str, Iterable[str]]]) -> None:
+    """Each (source, translation, flags) for the terminal."""
+    for source, text, flags in shown:
+        print(f"- {plain(source)}\n  {plain(text)}", *(f"[{flag}]" for flag in flags))
 
 
 def plain(text: str) -> str:

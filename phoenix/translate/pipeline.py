@@ -16,11 +16,14 @@ with a checksum: one that a kill cut off, or that the disk changed, is as if it 
 from __future__ import annotations
 
 import contextlib
+import datetime
+import decimal
 import hashlib
 import itertools
 import json
 import os
 import signal
+import sys
 import time
 import zlib
 from collections import Counter
@@ -43,11 +46,11 @@ from phoenix.files import (
 from phoenix.translate import fields
 from phoenix.translate.checks import FLAGS, check
 from phoenix.translate.claims import Claims, writing
-from phoenix.translate.engines import Engine
+from phoenix.translate.engines import Engine, Reply
 from phoenix.translate.language import Language
 from phoenix.translate.segments import MARK, Piece, join, smaller, split
 
-ENCODER = json.JSONEncoder(ensure_ascii=False, default=str)  # made once; str: of dates in parquet files
+ENCODER = json.JSONEncoder(ensure_ascii=False, default=str)  # made once
 BUCKETS = 64  # files open at once while segments are collected
 Parts = dict[tuple, list[str | Piece]]  # path of a text in its row -> the text, taken apart
 
@@ -75,10 +78,14 @@ class Record:
 
 
 class Stop:
-    """Set by SIGTERM and SIGINT; the first lets the batch in flight end, a second one interrupts it."""
+    """Set by SIGTERM and SIGINT; the first lets the batch in flight end, a second one interrupts it.
+
+    opening: an engine is opened, which the first one interrupts, since nothing is lost by it.  At the end a
+    UserError is printed where the rank is not 0, of which alone run_recipe prints them.
+    """
 
     def __init__(self) -> None:
-        self.asked = self.in_flight = False
+        self.asked = self.in_flight = self.opening = False
 
     def __enter__(self) -> Stop:
         self.handlers = {}
@@ -87,13 +94,15 @@ class Stop:
                 self.handlers[number] = signal.signal(number, self._ask)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: object, _trace: object) -> None:
+        if isinstance(error, UserError) and (rank := os.environ.get("RANK", "0")) != "0":
+            print(f"error of rank {rank}: {error}", file=sys.stderr)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
     def _ask(self, *_: object) -> None:
         again, self.asked = self.asked, True
-        if again and self.in_flight:
+        if self.opening or (again and self.in_flight):
             self.check()
 
     def wait(self) -> None:
@@ -109,9 +118,9 @@ class Stop:
 def compare(path: Path, wanted: dict[str, Any]) -> None:
     """UserError that says in what a run differs from what stands in a file of its folder."""
     found, wanted = (dict(_flat(value)) for value in (read_json(path), json.loads(json.dumps(wanted))))
-    for name, value in wanted.items():
-        if found.get(name) != value:
-            was = f"{name} {found.get(name)!r:.80}, and this one has {value!r:.80}"
+    for name in {**wanted, **found}:
+        if found.get(name) != wanted.get(name):
+            was = f"{name} {found.get(name)!r:.80}, and this one has {wanted.get(name)!r:.80}"
             raise UserError(f"{path.parent} holds a run with {was}; choose another output, or set it back")
 
 
@@ -149,18 +158,27 @@ def read_input(files: Iterable[Path], errors: str) -> Iterator[tuple[str, dict[s
             raise
 
 
-def take_apart(row: dict[str, Any], where: str, **options: Any) -> tuple[str | None, Parts]:
+def take_apart(row: dict[str, Any], where: str, limit: int, json_strings: bool) -> tuple[str | None, Parts]:
     """The task of a row that translation destroys, if it has one, and its texts, cut into pieces.
 
-    where: file and line, for the UserError if the row has no text; options: of `split`.
+    where: file and line, for the UserError of a row that has no text or cannot be written as JSON; limit: the
+    max_chars of `split`.
     """
     if "translation" in row:
         raise UserError(f"{where}: has a field 'translation' already, where the record goes; rename it")
     try:
         texts = {path: fields.get(row, path) for path in fields.text_fields(row)}
-        return fields.untranslatable(row), {path: split(text, **options) for path, text in texts.items()}
+        STRICT.encode(row)
+        parts = {path: split(t, max_chars=limit, json_strings=json_strings) for path, t in texts.items()}
+        return fields.untranslatable(row), parts
     except ValueError as error:
         raise UserError(f"{where}: {error}; convert or remove the row") from None
+
+
+def left_texts(row: dict[str, Any], parts: Parts) -> list[str]:
+    """Names of the fields whose text, of three words or more, is not translated."""
+    texts = {name: value for name, value in row.items() if isinstance(value, str) and (name,) not in parts}
+    return [name for name, text in texts.items() if len(text.split()) > 2]
 
 
 def collect(folder: Path, rows: Iterable[tuple[str, dict, str | None, Parts]], shard_size: int) -> None:
@@ -228,15 +246,17 @@ class Translator:
         seconds = (time.monotonic() - began) / len(batch)
         replies = dict(zip(asked, answers))
         return {
-            piece.source: self._record(piece, part, replies, seconds, (attempt, old))
+            piece.source: self._record(piece, part, replies, seconds, attempt, old)
             for piece, part, old in zip(pieces, parts, before)
         }
 
-    def _record(self, piece, parts, replies, seconds, history) -> Record:
-        attempt, old = history
-        mine = [replies[part.source] for part in parts if isinstance(part, Piece)]
-        is_whole = parts == [piece]
-        text = mine[0].text if is_whole else join(parts, {s: reply.text for s, reply in replies.items()})
+    def _record(
+        self, piece: Piece, parts: Sequence[str | Piece], replies: Mapping[str, Reply], seconds: float,
+        attempt: int, old: Record | None,
+    ) -> Record:  # fmt: skip
+        sources = [part.source for part in parts if isinstance(part, Piece)]
+        mine = [replies[source] for source in sources]
+        text = mine[0].text if parts == [piece] else join(parts, {s: replies[s].text for s in sources})
         finish_reason = next((r.finish_reason for r in mine if r.finish_reason != "stop"), "stop")
         is_copy = self.engine.name == "identity"  # what does not translate is not judged
         flags = () if is_copy else tuple(check(piece, text, finish_reason, self.language))
@@ -316,6 +336,7 @@ class Shards:
         return {}
 
     def journal(self, number: int) -> Journal:
+        """Where a process writes of a shard, from now on."""
         return Journal(self._new_journal(shard_name(number)))
 
     def book_loading(self, seconds: float) -> None:
@@ -438,6 +459,16 @@ def final(records: Mapping[str, Record], max_attempts: int) -> dict[str, Record]
 def identify(source: str) -> bytes:
     """The id of a segment: 16 bytes."""
     return hashlib.blake2b(_to_bytes(source), digest_size=16).digest()
+
+
+def _as_text(value: Any) -> str:
+    """Of what parquet files hold beside JSON's own types: dates and decimal numbers."""
+    if isinstance(value, (datetime.date, datetime.time, datetime.timedelta, decimal.Decimal)):
+        return str(value)
+    raise ValueError(f"JSON has no form for what a field holds, {type(value).__name__}")
+
+
+STRICT = json.JSONEncoder(allow_nan=False, default=_as_text)
 
 
 def to_json(value: Any) -> bytes:

@@ -1,6 +1,7 @@
 """translate as people run it: rows in a file -> rows in another language, what is counted, and mistakes."""
 
 import dataclasses
+import datetime
 import gzip
 import json
 import os
@@ -84,7 +85,10 @@ def test_rows_keep_their_schema_and_their_structure(configure, capsys):
         assert record["engine"] == "table" and record["language"] == "de" and record["kept_in_source"] == 0
     assert [row["translation"]["register"] for row in read(path)] == ["formal", "mixed"]
     ledger = json.loads((path.parent / "ledger.json").read_text())
-    assert ledger["rows"] == {"written": 2, "register_mixed": 1} and ledger["input"]["segments"] == 7
+    assert (
+        ledger["rows"] == {"written": 2, "register_mixed": 1, "with_source_kept": 0}
+        and ledger["input"]["segments"] == 7
+    )
     assert ledger["segments"] == 5 and ledger["characters"] == sum(map(len, GREETINGS))
     said = capsys.readouterr().out
     assert "DeepL API Pro, EUR" in said and str(path) in said
@@ -123,6 +127,27 @@ def test_a_finished_run_is_not_made_again_and_one_that_was_changed_is(configure)
     path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
     translate.main(config)
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("shard_size", [1, 2, 4096])
+def test_a_sample_of_more_than_there_is_ends(configure, capsys, shard_size):
+    config = configure(shard_size=shard_size)
+    assert translate.main(dataclasses.replace(config, sample=1000)).name == "sample.html"
+    assert "5 random segments" in (config.output / "sample.html").read_text(encoding="utf-8")
+    assert translate.main(config).exists()
+
+
+def test_what_is_left_in_the_source_language_is_said(configure, capsys):
+    rows = [{"text": ASKED[0], "remark": "This stays as it is."}, {"text": ASKED[1]}, {"text": ASKED[0]}]
+    path = translate.main(configure(rows, GREETINGS | {ASKED[0]: ""}))
+    assert capsys.readouterr().out.endswith(
+        "1 of 2 segments failed, so 2 rows hold text as it was; see report.html\n"
+    )
+    ledger = json.loads((path.parent / "ledger.json").read_text())
+    assert ledger["rows"]["with_source_kept"] == 2 and ledger["fields_left_as_they_are"] == {"remark": 1}
+    assert ledger["sent_characters"] == 3 * len(ASKED[0]) + len(ASKED[1])
+    translate.main(configure(rows, engine="identity", table=None, output=path.parent.parent / "copy"))
+    assert capsys.readouterr().out.endswith("nothing was translated: the engine 'identity' copies\n")
 
 
 def test_a_sample_is_shown_with_an_estimate_and_counts_for_the_whole(configure, capsys):
@@ -165,6 +190,18 @@ def test_references_give_the_scores_of_sacrebleu(configure, tmp_path):
     files = write(tmp_path / "human.jsonl", [{"text": row["reference"]} for row in rows[:2]])
     path = translate.main(configure(rows[:2], references=str(files)))
     assert json.loads((path.parent / "ledger.json").read_text())["scores"] == expected
+    shutil.rmtree(path.parent)
+    kept = {"prompt": "Translate to French: a house", "reference": "Ein Haus"}
+    path = translate.main(configure([*rows[:2], kept], references="reference"))
+    assert json.loads((path.parent / "ledger.json").read_text())["scores"] == expected
+    for others, sentence in (
+        (rows, "has more rows than the input"),
+        (rows[:2], r"line 3: has 1 texts, but no"),
+    ):
+        shutil.rmtree(path.parent)
+        write(files, [{"text": row["reference"]} for row in others])
+        with pytest.raises(UserError, match=sentence):
+            translate.main(configure(rows[:3], references=str(files)))
 
 
 COMET = """
@@ -238,10 +275,13 @@ def test_identity_gives_the_shipped_sample_back(tmp_path):
 
 
 MISTAKES = {
-    "no such input": ({"input": Path("no.jsonl")}, "input: no such file: no.jsonl"),
+    "no such input": ({"input": Path("no.jsonl")}, "input: there is no file no.jsonl"),
     "unknown language": ({"language": "xx"}, "cs, de, es, fr"),
     "negative price": ({"gpu_price_per_hour": -1.0}, "gpu_price_per_hour is -1.0"),
     "negative token price": ({"api_price_per_million_tokens": (0.0, -1.0)}, "api_price_per_million_tokens"),
+    "a model of no engine": ({"engine": "identity"}, "'identity' copies, and takes no model"),
+    "no model": ({"engine": "vllm"}, "name it: model=FOLDER"),
+    "no such model": ({"engine": "vllm", "model": "org/model"}, "org/model: there is no such file or folder"),
     "no table": ({"table": None}, "name it: table=FILE"),
     "partial first": ({"merge": "partial"}, "nothing is translated yet"),
     "references that are none": (
@@ -264,7 +304,10 @@ def test_mistakes_are_one_sentence(configure, name):
     [
         ({"language": "fr"}, "holds a run with language.code 'de', and this one has 'fr'"),
         ({"max_chars": 5}, "holds a run with max_chars 600, and this one has 5"),
-        ({"engine": "identity"}, "holds a run with engine 'table', and this one has 'identity'"),
+        (
+            {"engine": "identity", "table": None},
+            "holds a run with engine 'table', and this one has 'identity'",
+        ),
     ],
 )
 def test_a_folder_of_a_run_with_another_config_is_refused(configure, changes, sentence):
@@ -277,10 +320,17 @@ def test_a_folder_of_a_run_with_another_config_is_refused(configure, changes, se
 def test_other_rows_or_another_table_are_another_config(configure):
     config = configure()
     translate.main(dataclasses.replace(config, sample=1))
-    with pytest.raises(UserError, match=r"holds a run with settings.sha256"):
+    with pytest.raises(UserError, match=r"holds a run with table "):
         translate.main(configure(answers=GREETINGS | {"a": "b"}))
-    with pytest.raises(UserError, match=r"holds a run with input.0"):
+    with pytest.raises(UserError, match=r"holds a run with input.1 'rows.jsonl, sha256 "):
         translate.main(configure(ROWS[:1]))
+    two = dataclasses.replace(
+        configure(), input=(config.input, write(config.output.parent / "b.jsonl", ROWS))
+    )
+    shutil.rmtree(config.output)
+    translate.main(two)
+    with pytest.raises(UserError, match=r"holds a run with input.2 'b.jsonl, sha256 .* has None"):
+        translate.main(config)
     shutil.rmtree(config.output)
     write(config.output.parent / "file", [])
     with pytest.raises(UserError, match="is no run of translation"):
@@ -297,6 +347,7 @@ def test_other_rows_or_another_table_are_another_config(configure):
         (b'{"a": 1, "b": 2}', r"line 2: .*text"),
         (b'{"text": "a", "translation": "b"}', r"line 2: has a field 'translation' already"),
         (b"[1]", r"line 2: found a list"),
+        (b'{"text": "a", "score": NaN}', r"line 2: Out of range float values are not JSON compliant"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(configure, tmp_path, line, sentence):
@@ -305,13 +356,54 @@ def test_a_bad_row_is_named_by_file_and_line(configure, tmp_path, line, sentence
     with pytest.raises(UserError, match=rf"{path}, {sentence}") as error:
         translate.main(configure(path))
     assert "\n" not in str(error.value)
+    path.write_bytes(b'{"text": "Hello"}\n')  # corrected: the run begins
+    assert translate.main(configure(path)).exists()
 
 
 def test_bytes_that_are_not_utf_8_may_be_replaced(configure, tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_bytes(b'{"text": "Hello \xff"}\n')
-    [row] = read(translate.main(configure(path, engine="identity", errors="replace")))
+    [row] = read(translate.main(configure(path, engine="identity", table=None, errors="replace")))
     assert row["text"] == "Hello \ufffd"
+
+
+def test_columns_of_parquet_that_json_has_no_form_for_are_refused(configure, tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path, day = tmp_path / "rows.parquet", datetime.date(2024, 2, 29)
+    parquet.write_table(pyarrow.table({"text": ["Hello"], "day": [day]}), path)
+    [row] = read(translate.main(configure(path)))
+    assert row["day"] == "2024-02-29"
+    parquet.write_table(pyarrow.table({"text": ["Hello"], "image": [b"\xff"]}), path)
+    with pytest.raises(UserError, match=r"rows.parquet, line 1: JSON has no form for .*, bytes; convert"):
+        translate.main(configure(path, output=tmp_path / "other"))
+
+
+def test_several_inputs_at_the_terminal_and_a_rank_that_is_not_the_first_speaks(tmp_path):
+    paths = [str(write(tmp_path / name, [{"text": "Hello"}])) for name in ("a.jsonl", "b.jsonl")]
+    command = [sys.executable, ROOT / "recipes" / "translate.py", f"output={tmp_path / 'out'}"]
+    command.append(f"input={json.dumps(paths)}")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and len(read(tmp_path / "out" / "translated.jsonl")) == 2, done.stderr
+    (tmp_path / "b.jsonl").unlink()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"RANK": "1"})
+    assert done.returncode == 2 and done.stderr.startswith("error of rank 1: input: there is no file")
+
+
+def test_a_signal_while_a_server_is_waited_for_ends_the_run(tmp_path):
+    command = [
+        sys.executable,
+        ROOT / "recipes" / "translate.py",
+        f"output={tmp_path / 'out'}",
+        "engine=openai",
+    ]
+    command.append("server=http://localhost:9")
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    said = ""
+    while "asking again" not in said:
+        said = process.stderr.readline()
+    process.terminate()
+    assert process.wait(30) == 75
+    assert "Traceback" not in process.stderr.read()
 
 
 def test_a_mistake_at_the_terminal_is_a_line_and_exit_code_2(tmp_path):

@@ -104,7 +104,7 @@ class TestTable:
     def test_needs_a_file(self, tmp_path):
         with pytest.raises(UserError, match="table=FILE"):
             open_engine(EngineConfig(engine="table"), GERMAN)
-        with pytest.raises(UserError, match="does not exist"):
+        with pytest.raises(UserError, match="no such file or folder"):
             open_engine(EngineConfig(engine="table", table=tmp_path / "none.jsonl"), GERMAN)
 
 
@@ -399,7 +399,7 @@ class TestOpening:
                 UserError, match=f"{tmp_path}: no tokenizer here; expected tokenizer.model or"
             ):
                 open_engine(EngineConfig(**fields), GERMAN)
-        with pytest.raises(UserError, match="there is no such folder"):
+        with pytest.raises(UserError, match="there is no such file or folder"):
             open_engine(EngineConfig(engine="vllm", model=str(tmp_path / "none")), GERMAN)
         with pytest.raises(UserError, match="model=FOLDER"):
             open_engine(EngineConfig(engine="vllm"), GERMAN)

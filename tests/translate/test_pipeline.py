@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -59,8 +60,8 @@ class Runs:
 
     def start(self, **changes) -> multiprocessing.Process:
         values = {
-            "input": self.rows, "output": self.folder, "engine": "table", "shard_size": SHARD,
-            "batch_size": BATCH, "stale_after": 5, **changes,
+            "input": self.rows, "output": self.folder, "engine": "table", "table": self.rows,
+            "shard_size": SHARD, "batch_size": BATCH, "stale_after": 5, **changes,
         }  # fmt: skip
         arguments = [f"{name}={value}" for name, value in values.items()]
         arguments = (str(self.log), self.seconds, arguments, str(self.said))
@@ -232,6 +233,29 @@ def test_a_claim_is_taken_over_when_it_is_given_up_or_stale_and_only_then(tmp_pa
     with Claims(tmp_path, 0.0) as other:
         other.take(["d"])
         assert other.take(["d"]) == "d"
+
+
+def test_a_living_process_keeps_its_claim_and_other_files_are_no_claims(tmp_path):
+    for name in (".DS_Store", "notes.txt", ".nfs0001.7"):
+        (tmp_path / name).touch()
+    with Claims(tmp_path, 1) as first, Claims(tmp_path, 1) as second:
+        assert first.take(["a"]) == "a"
+        end = time.monotonic() + 3
+        while time.monotonic() < end:
+            assert second.take(["a"]) is None and first.is_held()
+            time.sleep(0.1)
+
+
+def test_a_process_that_stood_still_gives_way_to_the_one_that_took_over(whole, runs):
+    first = runs.start(stale_after=1)
+    runs.wait_for(20, [first])
+    os.kill(first.pid, signal.SIGSTOP)
+    second = runs.start(stale_after=1)
+    second.join(60)
+    os.kill(first.pid, signal.SIGCONT)
+    first.join(60)
+    assert [first.exitcode, second.exitcode] == [0, 0] and runs.result() == whole.result()
+    assert sum((runs.asked() - whole.asked()).values()) <= 2 * BATCH
 
 
 def test_of_many_that_come_at_once_one_wins(tmp_path):
