@@ -281,7 +281,8 @@ def _length_ratio(row: dict) -> float | None:
         source, text = (_number(record.get(name)) for name in ("source_characters", "characters"))
     else:
         names = [name for name in row if name.endswith("_de") and isinstance(row.get(name[:-3]), str)]
-        source, text = (sum(len(row[name[:end]] or "") for name in names) for end in (-3, None))
+        names = [name for name in names if isinstance(row[name], str)]
+        source, text = (sum(len(row[name[:end]]) for name in names) for end in (-3, None))
     return text / source if source and text is not None else None
 
 

@@ -376,6 +376,7 @@ def test_length_ratio():
     assert ratio(**both, context_de="x" * 99, context=None) == 9 / 6  # a column without its source
     assert ratio(instruction_de="abc", output_de="d") is None
     assert ratio(**{**both, "instruction": "", "output": ""}) is None
+    assert ratio(**both, context_de=5, context="x") == 9 / 6
     record = {"source_characters": 100, "characters": 118}
     assert ratio(messages=say("Q", "A"), translation=record) == 1.18
     assert ratio(messages=say("Q", "A"), translation={"source_characters": 100, "characters": 0}) == 0
@@ -451,7 +452,10 @@ def random_tree(rng, name):
         parent = rng.choice(nodes)
         nodes.append(node(f"{name}{number}", rank=rng.choice([None, 0, 1, 2]), deleted=rng.random() < 0.2))
         parent["replies"].append(nodes[-1])
-    return tree(nodes[0], message_tree_id=name, license="Apache-2.0")
+    row = tree(nodes[0], message_tree_id=name, license="Apache-2.0")
+    for message in nodes:
+        message["rank"] = message["rank"] if message["role"] == "assistant" else None
+    return row
 
 
 def converted(raw, kind):
@@ -563,7 +567,7 @@ def test_an_odd_value_anywhere_gives_a_row_or_one_sentence(name, seed):
         parent = raw
         for step in path:
             parent = parent[step]
-        parent[last] = rng.choice(ODD)
+        parent[last] = copy.deepcopy(rng.choice(ODD))
     for kind in ("documents", "pairs"):
         try:
             row = to_row(raw, ("x", 1), kind)
