@@ -1,64 +1,89 @@
-"""Rows of chat -> token store, section 3.2 of the paper: whole conversations of at most max_length tokens.
+"""Rows of any known format -> token store: may they be used, are they fit, what is learned from them.
 
     python recipes/prepare.py                                                      the shipped German sample
     python recipes/prepare.py input='["rows.jsonl"]' model_name_or_path=models/base output=stores/mine
+    python recipes/prepare.py recipes/configs/paper_data.toml                      the paper's mixture
 
-read -> one of the known formats -> filters -> template -> tokens and loss mask -> shards, manifest.  A store
-is the same for any number of worker processes.  It is built beside its place and renamed when it is whole:
-a killed run leaves nothing that looks like a store, and the same command makes it.  --help lists all fields.
+sources -> rows -> licence -> filters -> template -> tokens and loss mask (worker processes, in parts) ->
+duplicates, held-out split, weights (over all rows) -> shards, manifest, report, data card.  A store is the
+same for any number of workers.  It is built beside its place and renamed when it is whole; a killed run
+leaves its parts, and the same command goes on from there.  --help lists all fields.
 """
 
 import json
-import multiprocessing
 import os
-import threading
-from collections import Counter, deque
-from collections.abc import Iterator
-from concurrent import futures
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 import phoenix
 from phoenix import chat
 from phoenix.config import check_bounds, option, run_recipe
-from phoenix.data.filters import lot, row_keys, why_dropped
-from phoenix.data.formats import KINDS, Row, RowError, read_rows, to_row
+from phoenix.data.card import count, examples, summary, write_cards
+from phoenix.data.filters import FILTERS, RowFilters, lot, row_keys
+from phoenix.data.formats import KINDS, Row, RowError, to_row
+from phoenix.data.licenses import POLICIES, Licenses, unlicensed_sentence
+from phoenix.data.near_duplicates import signature
+from phoenix.data.parts import REASONS, Arrays, Lines, Outcome, Part, excerpt, make_parts, parts_folder, spans
 from phoenix.data.preview import Document, preview_page, preview_text
-from phoenix.data.rendering import Arrays, render_row, surely_too_long
+from phoenix.data.reading import parse
+from phoenix.data.rendering import render_row, surely_too_long
+from phoenix.data.selection import Rows, gather, near_duplicate_finder, select
+from phoenix.data.sources import Resolved, Source, resolve
 from phoenix.data.store import FORMAT_VERSION, MANIFEST, StoreWriter
-from phoenix.files import UserError, atomic_folder, atomic_write, sha256, write_json
+from phoenix.files import UserError, atomic_folder, atomic_write, describe_file, json_digest, write_json
 from phoenix.tokenizer import Tokenizer
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart_prepare.toml"
-CHUNK = 32  # rows that go to a worker at once
-Chunk = tuple[int, list[tuple[int, dict[str, Any]]]]  # number of the file, its (line, row)
+STRUCTURE = ("empty", "equal_answers", "tie", "duplicate")
+MOST_SUBSETS = 10_000  # that the manifest lists; beyond, a row's own source is not kept
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Rows of any known format (phoenix/data/formats.py) -> token store."""
+    """Rows of any known format (phoenix/data/formats.py) -> token store.
 
-    input: tuple[Path, ...] = option("files of rows: .jsonl, .jsonl.gz, .json, .csv, .parquet")
+    `sources` names data sets, each with its licence; `input` is the short form for files of your own.
+    """
+
     output: Path = option("folder of the store; a store that stands there is replaced")
     model_name_or_path: Path = option("folder of the model whose tokenizer is used")
+    sources: tuple[Source, ...] = option("tables [[sources]] of", ())
+    input: tuple[Path, ...] = option("files of rows: .jsonl, .jsonl.gz, .json, .csv, .parquet", ())
+    eval_input: tuple[Path, ...] = option("files whose rows are all held out", ())
+    license: str | None = option("licence (SPDX) of rows of input and eval_input that state none", None)
+    license_policy: str | None = option(
+        "nc: none that forbids commercial use; strict: only those known to permit it; stated: any known one; "
+        "none given: stated if there are sources",
+        None, POLICIES,
+    )  # fmt: skip
     kind: str = option("conversations and texts, or preference pairs", "documents", tuple(KINDS))
     chat_template: str | None = option("its name; none: the one that the model's folder states", None)
     max_length: int = option("a row (a pair: prompt and longer answer) of more tokens is dropped", 2048)
     max_prompt_length: int | None = option(
         "pairs: cut the start of a longer prompt, whole turns where possible", None, bounds="above 0"
     )
-    eval_input: tuple[Path, ...] = option("files whose rows are all held out", ())
+    filters: tuple[str, ...] = option("what drops rows", STRUCTURE, FILTERS)
+    length_ratio: tuple[float, float] = option(
+        "filter length_ratio: characters of a translation to its original's, least and most", (0.5, 2.0)
+    )
+    near_duplicate_threshold: float = option(
+        "filter near_duplicate: similarity (Jaccard) of word 5-grams", 0.8, bounds="above 0, at most 1"
+    )
+    test_sets: tuple[str, ...] = option(
+        "filter test_set: drops rows of such a source or category", ("theoremqa", "truthful_qa")
+    )
+    eval_files: tuple[Path, ...] = option("filter contaminated: files of test questions", ())
     eval_fraction: float = option(
         "share of rows held out, each drawn by its text and the seed", 0.0, bounds="of at least 0 and below 1"
     )
-    dedup: bool = option("keep the first of rows with the same turns; hold out no prompt of training", True)
     on_bad_row: str = option("a row of no known format, or in disorder", "error", ("error", "drop"))
-    license: str | None = option("licence of rows that state none", None)
-    seed: int = option("of the held-out split", 42)
+    seed: int = option("of the held-out split and of weights", 42)
     num_workers: int = option(
         "processes; 0: one a core, but no more than one for 4 MB of input", 0, bounds="of at least 0"
     )
@@ -70,68 +95,60 @@ class PrepareConfig:
         """Those of `input`, then those of `eval_input`."""
         return (*self.input, *self.eval_input)
 
+    @property
+    def all_sources(self) -> tuple[Source, ...]:
+        """Those of `input`, `sources`, those of `eval_input`."""
+        own = [Source(str(path), license=self.license) for path in self.input]
+        held_out = [Source(str(path), license=self.license, held_out=True) for path in self.eval_input]
+        return (*own, *self.sources, *held_out)
 
-class Outcome(NamedTuple):
-    """What became of a row: the filter that dropped it, or its documents."""
+    @property
+    def pieces(self) -> int:
+        """Documents of a row."""
+        return 3 if self.kind == "pairs" else 1
 
-    line: int
-    dropped: str | None
-    license: str = ""
-    key: int = 0
-    prompt_key: int = 0
-    documents: tuple[Arrays, ...] = ()
-    prompt_is_cut: bool = False
+    @property
+    def policy(self) -> str:
+        return self.license_policy or ("stated" if self.sources else "none")
 
 
 def main(config: PrepareConfig) -> Path:
     """Write the store; returns its folder.  Raises UserError."""
     check(config)
-    renderer = Renderer(config)
-    tokenizer = renderer.tokenizer
-    counts, licenses, cuts = ([Counter() for _ in config.files] for _ in range(3))
-    # Keys of the rows kept, and of the prompts trained on: 90 MB for a million rows, and nothing else grows.
-    seen: set[int] = set()
-    shown: list[Document] = []
-    with atomic_folder(config.output) as folder:
-        names = ("train", "eval") if config.eval_fraction or config.eval_input else ("train",)
-        parts = ("prompt", "chosen", "rejected") if config.kind == "pairs" else ("whole",)
-        writers = {n: StoreWriter(folder, n, tokenizer.vocab_size, config.shard_tokens) for n in names}
-        for number, row in tqdm(outcomes(config, renderer), unit=" rows", disable=None):
-            held_out = number >= len(config.input) or lot(row.prompt_key, config.seed) < config.eval_fraction
-            again = row.key in seen or (held_out and row.prompt_key in seen)
-            dropped = row.dropped or ("duplicate" if again else None)
-            counts[number][dropped or "kept"] += 1
-            if dropped:
-                continue
-            if config.dedup:
-                seen |= {row.key} if held_out else {row.key, row.prompt_key}
-            licenses[number][row.license] += 1
-            cuts[number]["prompts_cut"] += row.prompt_is_cut
-            split = "eval" if held_out else "train"
-            writers[split].add([document[:2] for document in row.documents], (number, row.line))
-            if len(shown) < config.preview * len(parts):
-                where = f"{config.files[number]}, line {row.line}"
-                shown += [Document(f"{where}, {part}", *arrays) for part, arrays in zip(parts, row.documents)]
-        splits = {name: closed(writer, sum(counts, Counter())) for name, writer in writers.items()}
-        inputs = list(map(describe, config.files, counts, licenses, cuts))
-        manifest = {**made_with(config, renderer), "phoenix_version": phoenix.__version__}
-        manifest |= {"splits": splits, "inputs": inputs}
+    renderer = Renderer(config, [resolve(source) for source in config.all_sources])
+    tokenizer, inputs = renderer.tokenizer, [describe(*file, renderer) for file in renderer.files]
+    with parts_folder(config.output) as work, atomic_folder(config.output) as folder:
+        parts = scan(config, renderer, inputs, work)
+        rows = gather(parts, [number for _, number in renderer.files])
+        near = None
+        if "near_duplicate" in config.filters:
+            near = near_duplicate_finder(parts, work, config.near_duplicate_threshold)
+        shares = [(source.weight, source.cap) for source in renderer.sources]
+        twins = select(rows, shares, near, dedup="duplicate" in config.filters)
+        written = write_store(config, renderer, parts, rows, folder)
+        count(inputs, parts, rows)
+        manifest = {**made_with(config, renderer), "phoenix_version": phoenix.__version__, **written}
+        manifest |= {"data_sources": [*map(source_entry, renderer.found)], "inputs": inputs}
+        shown = previews(config, parts, rows, inputs)
         if shown:
             with atomic_write(folder / "preview.html") as file:
                 file.write(preview_page(shown, tokenizer))
+        paths = [entry["path"] for entry in inputs]
+        write_cards(folder, manifest, examples(parts, rows, twins, paths, tokenizer))
         write_json(folder / MANIFEST, manifest)
-    cut = sum(entry.get("prompts_cut", 0) for entry in manifest["inputs"])
-    said = f"\n{cut} prompts were cut to {config.max_prompt_length} tokens\n" if cut else "\n"
-    print(preview_text(shown, tokenizer) + table(manifest) + f"\n{said}wrote {config.output}")
+    print(preview_text(shown, tokenizer) + summary(manifest) + f"\nwrote {config.output}")
     return config.output
 
 
 def check(config: PrepareConfig) -> None:
     """Everything cheap, before anything expensive."""
     missing = [str(path) for path in config.files if not path.is_file()]
-    if missing or not config.input:
+    if missing or not (config.input or config.sources):
         raise UserError(f"input: no such file: {', '.join(missing) or 'the list is empty'}; correct it")
     check_bounds(config)
+    weights = [source.weight for source in config.all_sources if not source.held_out]
+    if not sum(weights):
+        raise UserError(f"sources: the weights {weights} add up to 0; expected one above 0; raise one")
     if config.max_length < 2:
         raise UserError(f"max_length must be 2 at least, not {config.max_length}; raise it")
     if (config.max_prompt_length or 0) >= config.max_length:
@@ -141,22 +158,10 @@ def check(config: PrepareConfig) -> None:
         raise UserError(f"{config.output} exists and is no token store; choose another output, or remove it")
 
 
-def closed(writer: StoreWriter, counts: Counter) -> dict[str, Any]:
-    if not writer.rows:
-        if not counts:
-            raise UserError(
-                "input: the files hold no row at all; expected rows of a known format; give others"
-            )
-        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-        do = "change eval_fraction (0: none held out)" if counts["kept"] else "look at these filters"
-        raise UserError(f"no row is left for the split {writer.split!r}: {reasons}; {do}")
-    return writer.close()
-
-
 class Renderer:
     """Raw rows -> outcomes: all that a worker does."""
 
-    def __init__(self, config: PrepareConfig) -> None:
+    def __init__(self, config: PrepareConfig, found: Sequence[Resolved] = ()) -> None:
         self.config, self.tokenizer = config, Tokenizer.from_pretrained(config.model_name_or_path)
         self.template = config.chat_template or self.tokenizer.chat_template
         if self.template is None:
@@ -164,39 +169,132 @@ class Renderer:
             raise UserError(f"{where} states no chat template; set chat_template to one of {names}")
         trial = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         chat.render(trial, self.tokenizer, self.template)  # ends here if the tokenizer lacks what it needs
+        self.found, self.sources = tuple(found), [each.source for each in found]
+        self.files = [(path, number) for number, each in enumerate(found) for path in each.files]
+        self.licenses = [Licenses(source, config.policy) for source in self.sources]
+        self.filters = RowFilters(config.filters, config.length_ratio, config.test_sets, config.eval_files)
 
-    def __call__(self, chunk: Chunk) -> list[tuple[int, Outcome]]:
-        number, rows = chunk
-        return [(number, self.outcome(self.config.files[number], line, row)) for line, row in rows]
+    def __call__(self, file: int, lines: Lines) -> list[Outcome]:
+        path, number = self.files[file]
+        return [self.outcome(path, number, line, parse(path, line, raw)) for line, raw in lines]
 
-    def outcome(self, path: Path, line: int, raw: dict[str, Any]) -> Outcome:
+    def outcome(self, path: Path, number: int, line: int, raw: dict[str, Any]) -> Outcome:
+        source, licenses = self.sources[number], self.licenses[number]
         try:
-            row = to_row(raw, (path, line), self.config.kind)
-            if dropped := why_dropped(row) or self.surely_too_long(row):
-                return Outcome(line, dropped)
+            row = to_row(raw, (path, line), self.config.kind, source.format)
+            licence = licenses.of(raw, row.license)
+            if dropped := licenses.why_dropped(licence):
+                return Outcome(line, dropped, licence or "no licence is known", excerpt(raw))
+            if dropped := self.filters.why_dropped(row, raw, source.language):
+                return Outcome(line, *dropped, excerpt(raw))
+            if self.surely_too_long(row):
+                return Outcome(line, "too_long", "by its characters alone", excerpt(raw))
             limit = self.config.max_prompt_length
             documents, is_cut = render_row(row, self.tokenizer, self.template, max_prompt_length=limit)
         except (UserError, ValueError) as error:  # ValueError: a character without a token
             if self.config.on_bad_row == "drop":
-                return Outcome(line, "bad_row")
+                return Outcome(line, "bad_row", str(error), excerpt(raw))
             where = "" if isinstance(error, RowError) else f"{path}, line {line}: "
             raise UserError(f"{where}{error}; correct the row, or set on_bad_row=drop") from None
         if dropped := self.why_dropped(documents):
-            return Outcome(line, dropped)
-        licence = row.license or self.config.license or "not stated"
-        return Outcome(line, None, licence, *row_keys(row), documents, is_cut)
+            return Outcome(line, *dropped, excerpt(raw))
+        key, prompt_key = row_keys(row)
+        held_out = source.held_out or lot(prompt_key, self.config.seed) < self.config.eval_fraction
+        return Outcome(
+            line, provenance=(row.source, licence or "not stated"), keys=(key, prompt_key), held_out=held_out,
+            lot=lot(key, -1 - self.config.seed), documents=documents, prompt_is_cut=is_cut,
+            signature=signature(row) if "near_duplicate" in self.config.filters else None,
+        )  # fmt: skip
 
-    def surely_too_long(self, row: Row) -> str | None:
+    def source_of(self, file: int) -> Source:
+        return self.sources[self.files[file][1]]
+
+    def surely_too_long(self, row: Row) -> bool:
         most = self.config.max_length * self.tokenizer.max_token_bytes
-        prompt_is_cut = self.config.max_prompt_length is not None
-        return "too_long" if surely_too_long(row, most, prompt_is_cut=prompt_is_cut) else None
+        return surely_too_long(row, most, prompt_is_cut=self.config.max_prompt_length is not None)
 
-    def why_dropped(self, documents: tuple[Arrays, ...]) -> str | None:
+    def why_dropped(self, documents: tuple[Arrays, ...]) -> tuple[str, str] | None:
         first, *answers = (len(tokens) for tokens, _, _ in documents)
-        if first + max(answers, default=0) > self.config.max_length:
-            return "too_long"
+        if (length := first + max(answers, default=0)) > self.config.max_length:
+            return "too_long", f"{length} tokens"
         learned = [mask for _, mask, _ in documents[1:]] or [documents[0][1][1:]]
-        return None if all(mask.any() for mask in learned) else "no_target"
+        return None if all(mask.any() for mask in learned) else ("no_target", "no token has a loss")
+
+
+def scan(config: PrepareConfig, renderer: Renderer, inputs: list[dict], work: Path) -> list[Part]:
+    """The parts of all files, made by worker processes or found where a killed run left them."""
+    size = sum(entry["bytes"] for entry in inputs)
+    workers = config.num_workers or min(os.cpu_count() or 1, 1 + size // 2**22)
+    shape = {**made_with(config, renderer), "phoenix_version": phoenix.__version__}
+    folders = [work / json_digest({**shape, **entry}) for entry in inputs]
+    files, parts = [path for path, _ in renderer.files], []
+    made = make_parts(zip(files, folders), workers, Renderer, (config, renderer.found), config.pieces)
+    with tqdm(unit=" rows", disable=None) as bar:
+        for part in made:
+            bar.update(len(reasons := part["reason"]))
+            is_first = not parts or renderer.files[parts[-1].file][1] != renderer.files[part.file][1]
+            if is_first and (reasons == REASONS.index("no_license")).all():
+                raise UserError(unlicensed_sentence(renderer.source_of(part.file), config.policy))
+            parts.append(part)
+    if not parts:
+        raise UserError("input: the files hold no row at all; expected rows of a known format; give others")
+    return parts
+
+
+def write_store(
+    config: PrepareConfig, renderer: Renderer, parts: list[Part], rows: Rows, folder: Path
+) -> dict[str, Any]:
+    """The kept rows -> shards.  Returns the manifest's entries of the splits, and of sources and licences."""
+    held_out = config.eval_fraction or any(source.held_out for source in renderer.sources)
+    size, names = renderer.tokenizer.vocab_size, ("train", "eval") if held_out else ("train",)
+    writers = {name: StoreWriter(folder, name, size, config.shard_tokens) for name in names}
+    numbers: dict[tuple[str, str, str], int] = {}  # (source, what a row states as its own, licence)
+    for part, here in zip(parts, spans(parts)):
+        line, stated, of_row = part["line"], part.notes["provenance"], part["provenance"]
+        label, kept = renderer.source_of(part.file).label, np.flatnonzero(rows.copies[here])
+        for row, documents in zip(kept.tolist(), part.documents(kept)):
+            subset, licence = stated[of_row[row]]
+            origin = (label, subset if len(numbers) < MOST_SUBSETS else "", licence)
+            number = numbers.setdefault(origin, len(numbers))
+            split = "eval" if rows.held_out[here][row] else "train"
+            for _ in range(rows.copies[here][row]):
+                writers[split].add([d[:2] for d in documents], (part.file, int(line[row])), number)
+    reasons = Counter({name: int((rows.reason == code).sum()) for code, name in enumerate(REASONS)})
+    entries = [dict(zip(("source", "subset", "license"), origin)) for origin in numbers]
+    return {"splits": {n: closed(w, +reasons) for n, w in writers.items()}, "provenance": entries}
+
+
+def closed(writer: StoreWriter, counts: Counter) -> dict[str, Any]:
+    if not writer.rows:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+        do = "change eval_fraction (0: none held out)" if counts["kept"] else "look at these filters"
+        raise UserError(f"no row is left for the split {writer.split!r}: {reasons}; {do}")
+    return writer.close()
+
+
+def previews(config: PrepareConfig, parts: list[Part], rows: Rows, inputs: list[dict]) -> list[Document]:
+    """The first rows kept, with what is the template's own."""
+    shown, names = [], ("prompt", "chosen", "rejected") if config.kind == "pairs" else ("whole",)
+    for part, here in zip(parts, spans(parts)):
+        kept = np.flatnonzero(rows.copies[here])[: config.preview - len(shown) // len(names)]
+        for line, documents in zip(part["line"][kept], part.documents(kept)):
+            where = f"{inputs[part.file]['path']}, line {line}"
+            shown += [Document(f"{where}, {name}", *arrays) for name, arrays in zip(names, documents)]
+        if len(shown) >= config.preview * len(names):
+            break
+    return shown
+
+
+def describe(path: Path, number: int, renderer: Renderer) -> dict[str, Any]:
+    """A file's entry in the manifest, to which `count` adds what became of its rows."""
+    return {"path": str(path), "source": renderer.sources[number].label, **describe_file(path)}
+
+
+def source_entry(found: Resolved) -> dict[str, Any]:
+    """A source in the manifest: all that its table states, and the commit of a data set of the hub."""
+    stated = {name: value for name, value in asdict(found.source).items() if value is not None}
+    revision = {"revision": found.revision} if found.revision else {}
+    return {**stated, "name": found.source.label, **revision}
 
 
 def made_with(config: PrepareConfig, renderer: Renderer) -> dict[str, Any]:
@@ -214,71 +312,6 @@ def made_with(config: PrepareConfig, renderer: Renderer) -> dict[str, Any]:
         "max_length": config.max_length, "seed": config.seed, "eval_fraction": config.eval_fraction,
         "config": json.loads(json.dumps({**shaping, "chat_template": template}, default=str)),  # paths
     }  # fmt: skip
-
-
-def outcomes(config: PrepareConfig, renderer: Renderer) -> Iterator[tuple[int, Outcome]]:
-    """(number of the file, outcome) of every row, in the order of the files."""
-    size = sum(path.stat().st_size for path in config.files)
-    workers = config.num_workers or min(os.cpu_count() or 1, 1 + size // 2**22)
-    if workers == 1:
-        for chunk in chunks(config):
-            yield from renderer(chunk)
-        return
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "phoenix.chat", "phoenix.data.formats"])
-    pool = futures.ProcessPoolExecutor(workers, context, start_worker, (config,))
-    jobs = (pool.submit(run_worker, chunk) for chunk in chunks(config))
-    try:
-        waiting = deque(islice(jobs, 4 * workers))  # what is read ahead must not fill the memory
-        while waiting:
-            yield from waiting.popleft().result()
-            waiting.extend(islice(jobs, 1))
-    except futures.process.BrokenProcessPool:
-        raise UserError("a worker was killed (no memory?); start again with a lower num_workers") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def chunks(config: PrepareConfig) -> Iterator[Chunk]:
-    for number, path in enumerate(config.files):
-        rows = read_rows(path)
-        while chunk := list(islice(rows, CHUNK)):
-            yield number, chunk
-
-
-def start_worker(config: PrepareConfig) -> None:
-    global _renderer
-    _renderer = Renderer(config)
-    # A parent that was killed sends no signal: without this its workers would wait for ever.
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
-def run_worker(chunk: Chunk) -> list[tuple[int, Outcome]]:
-    return _renderer(chunk)
-
-
-def describe(path: Path, counts: Counter, licenses: Counter, cuts: Counter) -> dict[str, Any]:
-    """An input in the manifest: what it is, and what became of its rows."""
-    dropped = {reason: counts[reason] for reason in sorted(counts) if reason != "kept"}
-    rows = {"rows": sum(counts.values()), "dropped": dropped, "kept": counts["kept"]}
-    file = {"path": str(path), "bytes": path.stat().st_size, "sha256": sha256(path)}
-    return {**file, **rows, **+cuts, "licenses": dict(sorted(licenses.items()))}
-
-
-def table(manifest: dict[str, Any]) -> str:
-    """What went in, what each filter dropped, what came out."""
-    reasons = sorted({reason for entry in manifest["inputs"] for reason in entry["dropped"]})
-    keys = ("rows", "documents", "tokens", "target_tokens")
-    lines = [("input", "rows in", *reasons, "rows out")]
-    for entry in manifest["inputs"]:
-        dropped = (entry["dropped"].get(reason, 0) for reason in reasons)
-        lines.append((entry["path"], entry["rows"], *dropped, entry["kept"]))
-    lines += [("",), ("split", *keys)]
-    lines += [(name, *(entry[key] for key in keys)) for name, entry in manifest["splits"].items()]
-    width = max(len(line[0]) for line in lines)
-    rows = (f"{name:{width}}" + "".join(f"{x:>14}" for x in values) for name, *values in lines)
-    return "\n".join(map(str.rstrip, rows))
 
 
 if __name__ == "__main__":

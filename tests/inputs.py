@@ -79,7 +79,7 @@ class Inputs:
             file = self.folder / f"{name}.jsonl"
             file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
             options = {"max_length": 128, "eval_fraction": 0.2, "num_workers": 1, **options}
-            prepare.main(prepare.PrepareConfig((file,), path, self.model("base"), **options))
+            prepare.main(prepare.PrepareConfig(path, self.model("base"), input=(file,), **options))
         return path
 
     def pairs(self, name: str = "pairs", rows: int = 40, **options) -> Path:
@@ -89,7 +89,7 @@ class Inputs:
             lines = (json.dumps(preference(number)) + "\n" for number in range(rows))
             file.write_text("".join(lines), encoding="utf-8")
             options = {"max_length": 128, "eval_fraction": 0.2, "num_workers": 1, "kind": "pairs", **options}
-            prepare.main(prepare.PrepareConfig((file,), path, self.model("base"), **options))
+            prepare.main(prepare.PrepareConfig(path, self.model("base"), input=(file,), **options))
         return path
 
     def config(self, output_dir: Path, **changes) -> sft.SFTConfig:

@@ -25,7 +25,7 @@ LEVELS = [
 FOR_ALL = {"config", "files", "remote", "report"}
 # These import packages of an extra at the top, and are themselves imported on use.
 ON_USE = ("phoenix.kernels.triton", "phoenix.eval.harness", "phoenix.playground.server")
-OPTIONAL = """transformers gguf py3langid pyarrow tensorboard wandb datasets vllm flash_attn peft lm_eval
+OPTIONAL = """transformers gguf py3langid pyarrow tensorboard wandb datasets datasketch vllm flash_attn peft lm_eval
     huggingface_hub openai matplotlib mistral_common""".split()
 
 
@@ -192,7 +192,7 @@ def test_a_fresh_process_loads_what_it_needs():
 
 def test_budget_of_the_package_and_of_the_recipes():
     size = {path: len(code_lines(path.read_text())) for path in FILES}
-    assert sum(size[path] for path in PACKAGE) <= 7000
+    assert sum(size[path] for path in PACKAGE) <= 8300
     assert sum(size[path] for path in RECIPES) <= 1600
 
 

@@ -55,12 +55,6 @@ class RowFilters:
         return EvalIndex(self.eval_files)
 
 
-def why_dropped(row: Row) -> str | None:
-    """The name of the filter of a row's text alone that drops it; None if it stays."""
-    found = RowFilters(("empty", "equal_answers")).why_dropped(row, {}, None)
-    return found and found[0]
-
-
 def empty(_filters: RowFilters, row: Row, _raw: dict, _expected: str | None) -> str | None:
     """A turn or a text without one visible character (zero-width and control characters are none)."""
     turns = enumerate(all_turns(row), 1)

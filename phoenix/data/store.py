@@ -5,6 +5,7 @@
     train_00000_loss_mask.npy        [tokens] bool: the token has a loss (it belongs to the assistant)
     train_00000_offsets.npy          [documents + 1] int64: where each document starts in this shard
     train_00000_origin.npy           [documents, 2] int64: number of the input file, and line in it
+    train_00000_provenance.npy       [documents] int32: source and licence, an index of the manifest's list
 
 A split's stream is what all its shards give one behind the other; a row's documents stand in one shard.  In a
 store of kind "pairs" a row is three documents: prompt, chosen, rejected.
@@ -21,7 +22,7 @@ import numpy as np
 
 from phoenix.files import UserError, inside, read_json, sha256
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 Document = tuple[np.ndarray, np.ndarray]  # tokens, loss mask
 
@@ -121,6 +122,15 @@ class TokenStore:
         names = dict(enumerate(entry["path"] for entry in self.manifest["inputs"]))
         return [f"{names.get(file, f'input {file}')}, line {line}" for file, line in origin.tolist()]
 
+    def provenance(self, index: int) -> dict[str, str]:
+        """Of a document: "source", the name of the data set; "subset", what the row itself states as its
+        source, or ""; "license", an SPDX name, or "not stated" if no policy asked for one."""
+        for shard in self.shards:
+            if index < len(shard["provenance"]):
+                return self.manifest["provenance"][shard["provenance"][index]]
+            index -= len(shard["provenance"])
+        raise IndexError(index)
+
 
 class StoreWriter:
     """Writes one split; in memory is one shard at most.  A shard ends behind the last document of a row."""
@@ -131,8 +141,8 @@ class StoreWriter:
         self.rows, self.shards = 0, []
         self._clear()
 
-    def add(self, documents: Sequence[Document], origin: tuple[int, int]) -> None:
-        """A row's documents, and the number of its file and line."""
+    def add(self, documents: Sequence[Document], origin: tuple[int, int], provenance: int = 0) -> None:
+        """A row's documents, the number of its file and line, the index of its source and licence."""
         size = sum(len(tokens) for tokens, _ in documents)
         if self.tokens and len(self.loss_mask) + size > self.shard_tokens:
             self._write_shard()
@@ -142,6 +152,7 @@ class StoreWriter:
             self.loss_mask += loss_mask.astype(bool).tobytes()
             self.offsets.append(len(self.loss_mask))
             self.origin.extend(origin)
+            self.provenance.append(provenance)
 
     def close(self) -> dict:
         """Write what is left; returns the split's entry for the manifest."""
@@ -154,6 +165,7 @@ class StoreWriter:
     def _clear(self) -> None:
         self.tokens, self.loss_mask = bytearray(), bytearray()
         self.offsets, self.origin = array.array("q", [0]), array.array("q")
+        self.provenance = array.array("i")
 
     def _write_shard(self) -> None:
         arrays = {
@@ -161,6 +173,7 @@ class StoreWriter:
             "loss_mask": np.frombuffer(self.loss_mask, bool),
             "offsets": np.frombuffer(self.offsets, np.int64),
             "origin": np.frombuffer(self.origin, np.int64).reshape(-1, 2),
+            "provenance": np.frombuffer(self.provenance, np.int32),
         }
         files = {}
         for name, values in arrays.items():
@@ -190,10 +203,12 @@ def _array(folder: Path, entry: dict, verify: bool) -> np.ndarray:
 def _lengths(shard: dict[str, np.ndarray]) -> np.ndarray:
     kinds = {name: (values.dtype.str, values.shape[1:]) for name, values in shard.items()}
     tokens, expected = kinds.pop("tokens"), {"loss_mask": ("|b1", ()), "offsets": ("<i8", ())}
-    if tokens not in (("<u2", ()), ("<i4", ())) or kinds != {**expected, "origin": ("<i8", (2,))}:
+    expected |= {"origin": ("<i8", (2,)), "provenance": ("<i4", ())}
+    if tokens not in (("<u2", ()), ("<i4", ())) or kinds != expected:
         raise ValueError("a shard's arrays have other types or shapes")
     offsets, lengths = shard["offsets"], np.diff(shard["offsets"])
     sizes = (len(shard["tokens"]), len(shard["loss_mask"]))
-    if offsets[0] or lengths.min() < 1 or sizes != (offsets[-1],) * 2 or len(shard["origin"]) != len(lengths):
+    owners = {len(shard["origin"]), len(shard["provenance"])}
+    if offsets[0] or lengths.min() < 1 or sizes != (offsets[-1],) * 2 or owners != {len(lengths)}:
         raise ValueError("a shard's offsets do not fit its tokens")
     return lengths

@@ -61,8 +61,8 @@ def test_another_tokenizer_kind_split_or_version_is_refused(make_store):
     with pytest.raises(UserError, match=r"no split 'eval'; it has train"):
         TokenStore.open(store.folder, "eval")
     assert TokenStore.has_split(store.folder, "train") and not TokenStore.has_split(store.folder, "eval")
-    change(store.folder, format_version=2)
-    with pytest.raises(UserError, match=r"\(2, 'documents'\); expected \(1, 'documents'\)"):
+    change(store.folder, format_version=3)
+    with pytest.raises(UserError, match=r"\(3, 'documents'\); expected \(2, 'documents'\)"):
         TokenStore.open(store.folder)
 
 
@@ -78,7 +78,7 @@ def change(folder, **values):
     (folder / MANIFEST).write_text(json.dumps({**manifest, **values}))
 
 
-@pytest.mark.parametrize("name", ["tokens", "loss_mask", "offsets", "origin"])
+@pytest.mark.parametrize("name", ["tokens", "loss_mask", "offsets", "origin", "provenance"])
 def test_damage_is_found_and_named(make_store, name):
     store, _ = make_store(LENGTHS, 10_000)
     path = store.folder / f"train_00000_{name}.npy"

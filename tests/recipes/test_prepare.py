@@ -16,6 +16,7 @@ import pytest
 
 from phoenix import chat
 from phoenix.config import load_config
+from phoenix.data.sources import resolve
 from phoenix.data.store import MANIFEST, TokenStore
 from phoenix.files import UserError
 from phoenix.tokenizer import Tokenizer
@@ -46,7 +47,7 @@ def write(path, rows):
 def configure(tmp_path, bpe_tokenizer_folder):
     def configure(rows, **options):
         files = rows if isinstance(rows, tuple) else (write(tmp_path / "rows.jsonl", rows),)
-        base = prepare.PrepareConfig(files, tmp_path / "store", bpe_tokenizer_folder, num_workers=1)
+        base = prepare.PrepareConfig(tmp_path / "store", bpe_tokenizer_folder, input=files, num_workers=1)
         return dataclasses.replace(base, **options)
 
     return configure
@@ -110,7 +111,7 @@ def test_filters_count_what_they_drop(configure, tmp_path):
     assert first["licenses"] == {"CC0-1.0": 1, "MIT": 2}
     assert (second["rows"], second["kept"], second["dropped"]) == (1, 0, {"duplicate": 1})
     assert len(store) == 3
-    twice = TokenStore.open(prepare.main(configure(files, max_length=100, dedup=False)))
+    twice = TokenStore.open(prepare.main(configure(files, max_length=100, filters=prepare.STRUCTURE[:-1])))
     assert len(twice) == 5
 
 
@@ -203,7 +204,7 @@ def test_the_manifest_states_what_shapes_the_rows(configure, tmp_path):
     assert (stated["eval_fraction"], stated["license"]) == (0.25, "MIT")
     made_with = prepare.made_with(config, prepare.Renderer(config))
     assert {name: manifest[name] for name in made_with} == made_with, "as JSON gives it back"
-    other = dataclasses.replace(config, dedup=False)
+    other = dataclasses.replace(config, filters=prepare.STRUCTURE[:-1])
     assert prepare.made_with(other, prepare.Renderer(other))["config"] != stated
 
 
@@ -441,7 +442,7 @@ def test_a_long_prompt_loses_its_first_turns_then_its_first_tokens(tmp_path, bpe
 
     def documents(limit):
         config = prepare.PrepareConfig(
-            (tmp_path / "rows.jsonl",), tmp_path / f"store_{limit}", bpe_tokenizer_folder, kind="pairs",
+            tmp_path / f"store_{limit}", bpe_tokenizer_folder, input=(tmp_path / "rows.jsonl",), kind="pairs",
             max_length=200, max_prompt_length=limit, num_workers=1,
         )  # fmt: skip
         store = TokenStore.open(prepare.main(config), kind="pairs")
@@ -491,9 +492,10 @@ def test_a_prompt_is_rendered_once_and_with_each_answer(configure, monkeypatch, 
     rendered, render = [], chat.render
     monkeypatch.setattr(chat, "render", lambda *args, **more: rendered.append(args) or render(*args, **more))
     rows = [{"prompt": say("Wer bist du?"), **ANSWERS}]
-    renderer = prepare.Renderer(configure(rows, kind="pairs", max_prompt_length=limit))
+    config = configure(rows, kind="pairs", max_prompt_length=limit)
+    renderer = prepare.Renderer(config, [resolve(source) for source in config.all_sources])
     rendered.clear()
-    outcome = renderer.outcome(Path("rows.jsonl"), 1, rows[0])
+    outcome = renderer.outcome(Path("rows.jsonl"), 0, 1, rows[0])
     assert len(outcome.documents) == 3 and not outcome.prompt_is_cut
     assert len(rendered) == 3
 

@@ -185,7 +185,7 @@ def test_rows_that_changed_after_training_are_noticed(place, config, finished):
 SETTINGS = [
     ("prepare", "max_length = 128", "max_length = 127", "max_length"),
     ("prepare", 'chat_template = "chatml"', 'chat_template = "zephyr"', "chat_template, template_digest"),
-    ("prepare", "num_workers = 1", "dedup = false", "dedup"),
+    ("prepare", "num_workers = 1", 'filters = ["empty"]', "filters"),
     ("prepare", "num_workers = 1", "seed = 1", "seed"),
     ("prepare", "num_workers = 1", "eval_fraction = 0.2", "eval_fraction"),
     ("prepare", "num_workers = 1", 'eval_input = ["{place}/held_out.jsonl"]', "eval_input, files of rows"),

@@ -495,7 +495,9 @@ def pairs_store(inputs: Inputs, folder: Path) -> Path:
     (folder / "pairs.jsonl").write_text(json.dumps(row) + "\n")
     options = {"kind": "pairs", "num_workers": 1}
     return prepare.main(
-        prepare.PrepareConfig((folder / "pairs.jsonl",), folder / "pairs", inputs.model("base"), **options)
+        prepare.PrepareConfig(
+            folder / "pairs", inputs.model("base"), input=(folder / "pairs.jsonl",), **options
+        )
     )
 
 
