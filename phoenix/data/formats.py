@@ -137,9 +137,8 @@ def threads(rows: Iterable[tuple[int, dict]], path: Path | str = "rows") -> Iter
             answers.setdefault(str(message.get("parent_id") or ""), []).append((line, message))
         line, root = answers.pop("", [(line, {"message_id": ""})])[0]
         if tree in seen:
-            raise UserError(
-                f"{path}, line {line}: the tree {tree!r:.50} comes again; sort the rows by message_tree_id"
-            )
+            found = f"{path}, line {line}: the tree {tree!r:.50} comes again"
+            raise UserError(f"{found}; expected its messages together; sort the rows by message_tree_id")
         seen.add(tree)
         level = [root]
         for _ in range(MAX_TURNS):
@@ -177,11 +176,11 @@ def completion(row: dict) -> tuple:
     return (_conversation([*_said(row, "prompt", "user"), *_said(row, "completion", "assistant")]),)
 
 
-def columns(question: str, context: str, answer: str) -> Callable[[dict], tuple]:
+def columns(question: str, context: str | None, answer: str) -> Callable[[dict], tuple]:
     """A schema with a column for the question, an optional one for its context, one for the answer."""
 
     def convert(row: dict) -> tuple:
-        parts = [_text(row.get(name) or "", name) for name in (question, context)]
+        parts = [_text(row.get(name) or "", name) for name in (question, context) if name]
         user = "\n\n".join(part for part in parts if part.strip())
         return (_conversation([*_turn("user", user), *_turn("assistant", _text(row[answer], answer))]),)
 
@@ -191,9 +190,7 @@ def columns(question: str, context: str, answer: str) -> Callable[[dict], tuple]
 def text(row: dict) -> tuple:
     """Plain text, as for continued pretraining."""
     if row.get("message_id") is not None:
-        raise RowError(
-            "the row is one message of a tree (oasst1) that was not gathered; expected whole trees"
-        )
+        raise RowError("the row is one message of a tree (oasst1); expected message_tree_id in each of them")
     return (_text(row["text"], "text"),)
 
 
@@ -426,7 +423,7 @@ ROLES = {
 MAX_TURNS = 200  # of a thread of flat messages: far above real ones, and its tree can still be pickled
 SCORES = ("score_{}", "{}_score", "{}_avg_rating", "{}-rating", "{}_rating")
 KINDS = {"documents": (Conversation, Text), "pairs": (PreferencePair,)}
-SCHNABELTIER = ("instruction_de", "", "output_de")
+SCHNABELTIER = ("instruction_de", None, "output_de")
 DOLLY_DE = ("instruction_de", "context_de", "response_de")
 ALPACA = ("instruction", "input", "output")
 # name -> (type of the row, columns that it must have, function)
@@ -445,7 +442,7 @@ FORMATS: dict[str, tuple[type, set[str], Callable[[dict], tuple]]] = {
     "open_platypus": (Conversation, {*ALPACA[::2], "data_source"}, columns(*ALPACA)),
     "alpaca": (Conversation, {*ALPACA[::2]}, columns(*ALPACA)),
     "prompt_completion": (Conversation, {"prompt", "completion"}, completion),
-    "poem": (Conversation, {"prompt", "poem"}, columns("prompt", "", "poem")),
-    "song": (Conversation, {"prompt", "song"}, columns("prompt", "", "song")),
+    "poem": (Conversation, {"prompt", "poem"}, columns("prompt", None, "poem")),
+    "song": (Conversation, {"prompt", "song"}, columns("prompt", None, "song")),
     "text": (Text, {"text"}, text),
 }

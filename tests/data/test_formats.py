@@ -336,6 +336,12 @@ def test_a_completion_that_is_no_answer_to_learn():
         to_row({"prompt": say("Q"), "completion": say("Q")}, ("x", 1))
 
 
+@pytest.mark.parametrize("name", ["schnabeltier", "poem", "song", "dolly", "argilla"])
+def test_the_nameless_column_of_row_numbers_in_a_table_is_no_text(name):
+    raw, expected = SAMPLES[name]
+    assert content_of(to_row({"": "17", **raw}, ("x.csv", 2), kind_of(name))) == expected
+
+
 def test_citation_marks_stay():
     raw = {"instruction": "Q", "context": "Der Turm.[12]", "response": "Ada.[3]"}
     assert content_of(to_row(raw, ("x", 1))) == say("Q\n\nDer Turm.[12]", "Ada.[3]")
@@ -510,7 +516,7 @@ def test_flat_messages_out_of_order_or_in_disorder():
     first, second = (flat(tree(node("Q", node("A")), message_tree_id=name)) for name in ("t1", "t2"))
     rows = enumerate([*first, *second, first[1]], 1)
     with pytest.raises(
-        UserError, match=r"^a.jsonl, line 5: the tree 't1' comes again; sort .*message_tree_id"
+        UserError, match=r"^a.jsonl, line 5: the tree 't1' comes again; expected .*message_tree_id"
     ):
         list(threads(rows, "a.jsonl"))
     # Without a root, with a root twice, an id twice, a circle, numbers as ids.
