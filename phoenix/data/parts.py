@@ -31,8 +31,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from phoenix.data.formats import is_message, threads
 from phoenix.data.near_duplicates import NUM_PERM
-from phoenix.data.reading import raw_rows
+from phoenix.data.reading import parse, raw_rows, read_rows
 from phoenix.files import UserError, atomic_write
 
 # What may become of a row, in the order in which it is asked; 0 is none of them.
@@ -43,7 +44,7 @@ REASONS = (
 )  # fmt: skip
 PART_ROWS, PART_BYTES = 1024, 2**22
 EXAMPLES, EXCERPT = 10, 300  # rows of each filter that the report shows, and characters of each
-Lines = list[tuple[int, Any]]  # line, and the row as `raw_rows` gives it
+Lines = list[tuple[int, Any]]  # line, and the row as `file_rows` gives it
 Arrays = tuple[np.ndarray, np.ndarray, np.ndarray]  # of a document: tokens, loss mask, is of the template
 
 
@@ -223,9 +224,17 @@ def _jobs(files: Iterable[tuple[Path, Path]]) -> Iterator[Job]:
     """Each part in order; without lines if it stands there already."""
     for number, (path, folder) in enumerate(files):
         folder.mkdir(exist_ok=True)
-        for index, lines in enumerate(_split(raw_rows(path))):
+        for index, lines in enumerate(_split(file_rows(path))):
             part = folder / f"{index:06d}.safetensors"
             yield Job(number, part, [] if part.exists() else lines)
+
+
+def file_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """As `raw_rows`, but the flat messages of oasst1 are gathered to trees."""
+    first = next(raw_rows(path), None)
+    if first and is_message(parse(path, *first)):
+        return threads(read_rows(path), path)
+    return raw_rows(path)
 
 
 def _split(rows: Iterator[tuple[int, Any]]) -> Iterator[Lines]:
