@@ -433,11 +433,18 @@ class TestServer:
             client = Server([server.url], concurrency=4, timeout=60)
 
             def interrupt(*_):
+                while len(server.bodies) < 4:
+                    time.sleep(0.01)
                 raise KeyboardInterrupt
 
             monkeypatch.setattr(threading.Thread, "join", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 client.ask_all("/completions", [1, 2, 3, 4], lambda value: value)
+            monkeypatch.undo()
+            workers = [thread for thread in threading.enumerate() if thread.name.endswith("(work)")]
+            for worker in workers:
+                worker.join(20)  # long before the server's silence of 60 s ends
+            assert not any(worker.is_alive() for worker in workers)
 
     def test_a_connection_that_the_server_closed_while_idle_is_no_failure(self):
         said = []
