@@ -15,6 +15,7 @@ reads the same and is another sequence of ids.
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
@@ -88,7 +89,7 @@ def render(
             if words == "▁":
                 starts = True
             elif words:
-                rendered.add(tokenizer.encode(words, starts=starts), learned, True)
+                rendered.add(_encode_words(words, tokenizer, starts), learned, True)
                 starts = False
             elif text not in texts:
                 rendered.add(_control(name, tokenizer, template.name), learned, True)
@@ -190,6 +191,12 @@ def _control(name: str, tokenizer: Tokenizer, template: str = "") -> list[int]:
     return [] if found is None else [found]
 
 
+@functools.lru_cache(maxsize=256)
+def _encode_words(words: str, tokenizer: Tokenizer, starts: bool) -> list[int]:
+    """The template's own words, which are the same in every conversation."""
+    return tokenizer.encode(words, starts=starts)
+
+
 def _encode_text(text: str, tokenizer: Tokenizer, marks: Sequence[str], starts: bool) -> list[int]:
     if not any(mark in text for mark in marks):
         return tokenizer.encode(text, starts=starts)
@@ -202,7 +209,7 @@ def _encode_text(text: str, tokenizer: Tokenizer, marks: Sequence[str], starts: 
 def _check_marks(rendered: Rendered, tokenizer: Tokenizer, template: Template) -> None:
     """No mark's ids stand in the tokens but the template's own, whatever the tokenizer does."""
     for mark in template.marks:
-        for ids in (tokenizer.encode(mark), tokenizer.encode(mark, starts=False)):
+        for ids in (_encode_words(mark, tokenizer, starts) for starts in (True, False)):
             for i in (i for i, token in enumerate(rendered.tokens) if token == ids[0]):
                 window = slice(i, i + len(ids))
                 if rendered.tokens[window] == ids and not all(rendered.is_template[window]):

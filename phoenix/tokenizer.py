@@ -199,7 +199,9 @@ class Tokenizer:
         for piece, i in vocabulary.items():
             pieces[i] = piece
         space = " " * bool(schemes)
-        self._library = lambda text, starts: library.encode(space * starts * bool(text) + text).ids
+        # A batch of one: the only form that leaves out the offsets, which are a quarter of the time.
+        batch = library.encode_batch_fast
+        self._library = lambda text, starts: batch([space * starts * bool(text) + text])[0].ids
         self.prefix, self.legacy = bool(schemes), "first" not in schemes
         self._set_pieces(pieces, byte_level="ByteLevel" in decoder)
         names["unk"] = spec["model"].get("unk_token") or names["unk"]
