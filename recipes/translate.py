@@ -238,14 +238,15 @@ def show_sample(config: TranslateConfig, shards: Shards, sampled: dict[str, Reco
 def check(config: TranslateConfig) -> None:
     """Everything cheap, before anything expensive."""
     check_bounds(config)
-    check_engine(config)
+    if not (config.output / "engine.json").exists():  # else it may be that no engine is needed
+        check_engine(config)
     check_scoring(config.references, config.comet_model)
     if not all(0 <= price < math.inf for price in config.api_price_per_million_tokens):
         raise UserError("api_price_per_million_tokens: a price is below 0 or no number; correct it")
-    missing = [str(path) for path in config.files if not path.is_file()]
+    folder, files = config.output, [*config.files, *filter(None, [config.table])]
+    missing = [str(path) for path in files if not path.is_file()]
     if missing or not config.files:
-        raise UserError(f"input: there is no file {', '.join(missing) or 'at all'}; correct it")
-    folder = config.output
+        raise UserError(f"there is no file {', '.join(missing) or 'at all'}; correct input or table")
     names = [path.name for path in folder.iterdir() if path.name != "claims"] if folder.is_dir() else []
     is_file = folder.exists() and not folder.is_dir()
     if is_file or (names and "run.json" not in names and not all(name.startswith(".") for name in names)):
@@ -289,9 +290,8 @@ def merge_digest(config: TranslateConfig) -> str:
     names = ("on_failure", "references", "merge")
     files = [str(config.corrections or ""), config.references or ""]
     digests = [sha256(Path(name)) if Path(name).is_file() else None for name in files]
-    values = {name: getattr(config, name) for name in names} | {"files": digests}
-    values |= {"prices": dataclasses.astuple(config.prices), "comet_model": str(config.comet_model)}
-    return json_digest(values)
+    values = {name: str(getattr(config, name)) for name in (*names, "comet_model", "prices")}
+    return json_digest(values | {"files": digests})
 
 
 def is_merged(config: TranslateConfig) -> bool:

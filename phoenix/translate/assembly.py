@@ -86,7 +86,10 @@ class Assembler:
         texts = {path: join(text, answers) for path, text in parts.items()}
         flags = Counter(flag for source in pieces for flag in records[source].flags)
         notes = {"segments": len(pieces), "kept_in_source": len(failed), "flags": dict(sorted(flags.items()))}
-        notes |= {"source_characters": sum(map(len, pieces)), "characters": sum(len(answers[x]) for x in pieces)}
+        notes |= {
+            "source_characters": sum(map(len, pieces)),
+            "characters": sum(len(answers[x]) for x in pieces),
+        }
         notes |= {"register": checks.register(list(texts.values()), self.language), "task": task}
         return "written", {**fields.with_texts(row, texts), "translation": {**self.label, **notes}}
 

@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["Path", "get", "text_fields", "untranslatable", "with_texts"]
+__all__ = ["TextPath", "get", "text_fields", "untranslatable", "with_texts"]
 
-Path = tuple[str | int, ...]
+TextPath = tuple[str | int, ...]
 
 # A string, or a list of turns (each with its text under one of TURN), or a list of such (completions).
 COLUMNS = """system system_prompt prompt messages conversations conversation instruction input context output
@@ -23,7 +23,7 @@ QUESTIONS = "system_prompt prompt instruction input instruction_de".split()
 USERS = "user human prompter".split()
 
 
-def text_fields(row: dict[str, Any]) -> list[Path]:
+def text_fields(row: dict[str, Any]) -> list[TextPath]:
     """Where a row holds text, in its order: ("messages", 0, "content"), ("prompt",), ...
 
     A blank text counts.  Raises ValueError naming the fields found if none of a known schema holds text.
@@ -36,7 +36,7 @@ def text_fields(row: dict[str, Any]) -> list[Path]:
     return paths
 
 
-def get(row: dict[str, Any], path: Path) -> str:
+def get(row: dict[str, Any], path: TextPath) -> str:
     """The text at a path of `text_fields`."""
     value: Any = row
     for step in path:
@@ -44,7 +44,7 @@ def get(row: dict[str, Any], path: Path) -> str:
     return value
 
 
-def with_texts(row: dict[str, Any], texts: Mapping[Path, str]) -> dict[str, Any]:
+def with_texts(row: dict[str, Any], texts: Mapping[TextPath, str]) -> dict[str, Any]:
     """A copy of a row with other texts at some paths: same fields in the same order, `row` stays as it is."""
     result = dict(row)
     copied = {(): result}  # path of a container -> its copy
@@ -74,7 +74,7 @@ def untranslatable(row: dict[str, Any]) -> str | None:
     return None
 
 
-def _texts(value: Any, path: Path) -> Iterator[Path]:
+def _texts(value: Any, path: TextPath) -> Iterator[TextPath]:
     """Depth first, in order, without recursion: a tree of replies may be deep."""
     todo = [(value, path)]
     while todo:

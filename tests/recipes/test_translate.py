@@ -16,6 +16,7 @@ import pytest
 from phoenix.config import load_config
 from phoenix.files import UserError
 from phoenix.translate.checks import score
+from phoenix.translate.engines import Reply
 from phoenix.translate.segments import Piece, split
 
 ROOT = Path(__file__).parents[2]
@@ -242,6 +243,31 @@ def test_comet_scores_where_it_is_installed_and_a_model_is_stated(configure, tmp
     assert "comet" not in json.loads((config.output / "ledger.json").read_text())["scores"]
 
 
+def test_a_finished_run_is_put_together_again_where_no_engine_is_installed(configure, monkeypatch):
+    class Engine(translate.pipeline.Engine):
+        name = "vllm"
+
+        def settings(self):
+            return {}
+
+        def translate(self, sources, *, attempt=0):
+            return [Reply(GREETINGS[source]) for source in sources]
+
+        def close(self):
+            pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr(translate, "open_engine", lambda config, language: Engine())
+        patch.setattr(translate, "check_engine", lambda config: None)
+        config = configure(engine="vllm", model="models/alma", table=None)
+        path = translate.main(config)
+    before = path.read_bytes()
+    path.unlink()
+    assert translate.main(config).read_bytes() == before
+    with pytest.raises(UserError, match=r"out is translated by alma; set model=, or choose another"):
+        translate.main(dataclasses.replace(config, model="models/other"))
+
+
 def test_money_is_counted_and_compared(configure, monkeypatch):
     def slow_to_load(config, language):
         time.sleep(0.3)
@@ -275,7 +301,8 @@ def test_identity_gives_the_shipped_sample_back(tmp_path):
 
 
 MISTAKES = {
-    "no such input": ({"input": Path("no.jsonl")}, "input: there is no file no.jsonl"),
+    "no such input": ({"input": Path("no.jsonl")}, "there is no file no.jsonl; correct input"),
+    "no input": ({"input": ()}, "there is no file at all; correct input"),
     "unknown language": ({"language": "xx"}, "cs, de, es, fr"),
     "negative price": ({"gpu_price_per_hour": -1.0}, "gpu_price_per_hour is -1.0"),
     "negative token price": ({"api_price_per_million_tokens": (0.0, -1.0)}, "api_price_per_million_tokens"),
@@ -386,7 +413,7 @@ def test_several_inputs_at_the_terminal_and_a_rank_that_is_not_the_first_speaks(
     assert done.returncode == 0 and len(read(tmp_path / "out" / "translated.jsonl")) == 2, done.stderr
     (tmp_path / "b.jsonl").unlink()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"RANK": "1"})
-    assert done.returncode == 2 and done.stderr.startswith("error of rank 1: input: there is no file")
+    assert done.returncode == 2 and done.stderr.startswith("error of rank 1: there is no file")
 
 
 def test_a_signal_while_a_server_is_waited_for_ends_the_run(tmp_path):
