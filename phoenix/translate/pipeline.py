@@ -245,17 +245,19 @@ class Translator:
             raise RuntimeError(f"the engine gave {len(answers)} replies to {len(asked)} segments")
         seconds = (time.monotonic() - began) / len(batch)
         replies = dict(zip(asked, answers))
+        unpaid = dict(replies)  # those whose tokens stand in no record yet: pieces may share a part
         return {
-            piece.source: self._record(piece, part, replies, seconds, attempt, old)
+            piece.source: self._record(piece, part, replies, unpaid, seconds, attempt, old)
             for piece, part, old in zip(pieces, parts, before)
         }
 
     def _record(
-        self, piece: Piece, parts: Sequence[str | Piece], replies: Mapping[str, Reply], seconds: float,
-        attempt: int, old: Record | None,
+        self, piece: Piece, parts: Sequence[str | Piece], replies: Mapping[str, Reply],
+        unpaid: dict[str, Reply], seconds: float, attempt: int, old: Record | None,
     ) -> Record:  # fmt: skip
         sources = [part.source for part in parts if isinstance(part, Piece)]
         mine = [replies[source] for source in sources]
+        paid = [unpaid.pop(source) for source in dict.fromkeys(sources) if source in unpaid]
         text = mine[0].text if parts == [piece] else join(parts, {s: replies[s].text for s in sources})
         finish_reason = next((r.finish_reason for r in mine if r.finish_reason != "stop"), "stop")
         is_copy = self.engine.name == "identity"  # what does not translate is not judged
@@ -264,8 +266,8 @@ class Translator:
             text, flags = old.text, old.flags
         return Record(
             text, flags, attempt,
-            sum(reply.prompt_tokens for reply in mine) + (old.prompt_tokens if old else 0),
-            sum(reply.completion_tokens for reply in mine) + (old.completion_tokens if old else 0),
+            sum(reply.prompt_tokens for reply in paid) + (old.prompt_tokens if old else 0),
+            sum(reply.completion_tokens for reply in paid) + (old.completion_tokens if old else 0),
             round(seconds + (old.seconds if old else 0), 6),
         )  # fmt: skip
 

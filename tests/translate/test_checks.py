@@ -82,6 +82,8 @@ def test_good_translations_have_no_failing_flag(source, reply):
         ("Write a poem.", "Schreibe ein Gedicht.\nRosen sind rot.", "answered"),
         ("Read the book.", "German: Lies das Buch.", "prompt_leak"),
         ("Read the book.", "Lies das Buch.</s>", "prompt_leak"),
+        ("Read the book.", "Lies das Buch.[AVAILABLE_TOOLS]", "prompt_leak"),
+        ("Read the book.", "Lies das Buch.<\uff5cend\u2581of\u2581sentence\uff5c>", "prompt_leak"),
         ("The door is open.", "Die TÃ¼r ist offen.", "garbled"),
         ("The door is open.", "Die T\\u00fcr ist offen.", "garbled"),
         ("The door is open.", "Die дверь ist offen.", "garbled"),

@@ -18,6 +18,8 @@ from phoenix.files import UserError
 from phoenix.translate import pipeline
 from phoenix.translate.assembly import Translations
 from phoenix.translate.claims import Claims
+from phoenix.translate.engines import Reply
+from phoenix.translate.language import load_language
 from phoenix.translate.pipeline import Record, identify, read_lines, record_line
 
 RUN = Path(__file__).parent / "logged_run.py"
@@ -200,6 +202,23 @@ def test_what_a_kill_cut_off_and_what_a_disk_changed_is_asked_again(whole, runs,
     assert runs.result() == whole.result()
     again = sum((runs.asked() - whole.asked()).values())
     assert before and 1 <= again <= 3 * 2 * flipped + BATCH  # a flipped line break damages two lines
+
+
+def test_parts_that_pieces_share_are_asked_and_booked_once():
+    class Engine:
+        name, asked = "any", []
+
+        def translate(self, sources, *, attempt=0):
+            self.asked += sources
+            return [Reply("Ja.", "stop", 10, 1) for _ in sources]
+
+    engine, old = Engine(), Record("", ("empty",), 0, 5, 2)
+    german = load_language("de")
+    batch = {"Yes. One two three. Yes.": old, "Yes. Four five six.": old}
+    records = pipeline.Translator(engine, german, 2)(batch)
+    assert engine.asked == ["Yes.", "One two three.", "Four five six."]
+    assert sum(record.prompt_tokens for record in records.values()) == 2 * 5 + 3 * 10
+    assert sum(record.completion_tokens for record in records.values()) == 2 * 2 + 3
 
 
 def test_every_bit_of_a_line_counts(tmp_path):
