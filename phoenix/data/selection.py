@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 
 from phoenix.data.near_duplicates import NUM_PERM, near_duplicates
 from phoenix.data.parts import REASONS, Part
+
+BLOCK = 2**16  # rows that are looked at together where a temporary array of all would be large
 
 
 @dataclass
@@ -46,10 +47,11 @@ def near_duplicate_finder(
     """For `select`: the signatures of all rows in one memory-mapped file in the folder, 512 bytes a row."""
     counts = [len(part["reason"]) for part in parts]
     shape = (sum(counts), NUM_PERM)
-    signatures = np.lib.format.open_memmap(folder / "signatures.npy", "w+", np.uint32, shape=shape)
-    for part, end, count in zip(parts, accumulate(counts), counts):
-        if (values := part["signature"]).shape[1]:
-            signatures[end - count : end] = values
+    none = np.zeros((1, NUM_PERM), np.uint32)
+    with open(folder / "signatures", "wb") as file:  # a full disk is an error here, a crash of a map
+        for part, count in zip(parts, counts):
+            file.write(part["signature"] if part["signature"].shape[1] else none.repeat(count, 0))
+    signatures = np.memmap(folder / "signatures", np.uint32, "r", shape=shape)
     return lambda rows: near_duplicates(signatures, rows, threshold)
 
 
@@ -63,20 +65,17 @@ def select(
     """Fill in reason and copies of the rows that no filter has dropped.
 
     shares: (weight, cap) of each source.  near_duplicates: rows still there [n] -> the earlier row that each
-    resembles, or -1.  Returns [rows] int64: the row that a duplicate or a near duplicate repeats, or -1.
+    resembles, or -1.  Returns [rows] int32: the row that a duplicate or a near duplicate repeats, or -1.
     """
-    twin = np.full(len(rows.reason), -1)
+    twin = np.full(len(rows.reason), -1, np.int32)
     if dedup:
-        left = np.flatnonzero(rows.reason == 0)
-        first = left[_first_of_equals(rows.key[left])]
-        _drop(rows, "duplicate", left[first != left])
-        twin[left] = np.where(first != left, first, -1)
-        left = np.flatnonzero((rows.reason == 0) & rows.held_out)
-        trained = np.flatnonzero((rows.reason == 0) & ~rows.held_out)
-        owner = _find(rows.prompt_key[trained], rows.prompt_key[left])
-        leaks = left[owner >= 0]
+        left = np.flatnonzero(rows.reason == 0).astype(np.int32)
+        again, first = _repeats(rows.key[left])
+        _drop(rows, "duplicate", left[again])
+        twin[left[again]] = left[first]
+        leaks, trained = _prompts_of_training(rows)
         _drop(rows, "duplicate", leaks)
-        twin[leaks] = trained[owner[owner >= 0]]
+        twin[leaks] = trained
     if near_duplicates is not None:
         left = np.flatnonzero(rows.reason == 0)
         found = near_duplicates(left)
@@ -101,20 +100,27 @@ def _drop(rows: Rows, reason: str, which: np.ndarray) -> None:
     rows.reason[which] = REASONS.index(reason)
 
 
-def _first_of_equals(values: np.ndarray) -> np.ndarray:
-    """[n] -> [n] index of the first entry that is equal to each."""
+def _repeats(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the entries that are equal to an earlier one, and for each the index of the first such."""
     order = values.argsort(kind="stable")
-    is_first = np.r_[True, values[order][1:] != values[order][:-1]][: len(values)]
-    result = np.empty(len(values), np.int64)
-    result[order] = np.maximum.accumulate(np.where(is_first, np.arange(len(values)), 0))
-    result[order] = order[result[order]]
-    return result
+    in_order = values[order]
+    again = np.flatnonzero(in_order[1:] == in_order[:-1]) + 1
+    begins = np.flatnonzero(np.diff(again, prepend=-1) > 1)  # each run of them follows its first entry
+    first = np.repeat(again[begins] - 1, np.diff(begins, append=len(again)))
+    return order[again], order[first]
 
 
-def _find(values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """[m] index in values [n] of the first entry that is equal to each wanted one, or -1."""
-    if not len(values):
-        return np.full(len(wanted), -1)
-    order = values.argsort(kind="stable")
-    place = np.searchsorted(values[order], wanted).clip(max=len(values) - 1)
-    return np.where(values[order[place]] == wanted, order[place], -1)
+def _prompts_of_training(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """The held-out rows whose prompt is trained on, and for each the first row that does it."""
+    held_out = np.flatnonzero((rows.reason == 0) & rows.held_out)
+    wanted, of_row = np.unique(rows.prompt_key[held_out], return_inverse=True)
+    owner = np.full(len(wanted), -1)
+    for start in range(0, len(rows.reason) if len(wanted) else 0, BLOCK):
+        block = slice(start, start + BLOCK)
+        place = wanted.searchsorted(rows.prompt_key[block]).clip(max=len(wanted) - 1)
+        found = (wanted[place] == rows.prompt_key[block]) & (rows.reason[block] == 0) & ~rows.held_out[block]
+        new, first = np.unique(place[found], return_index=True)
+        row = start + np.flatnonzero(found)[first]
+        owner[new] = np.where(owner[new] < 0, row, owner[new])
+    leaks = owner[of_row] >= 0
+    return held_out[leaks], owner[of_row][leaks]
