@@ -1,9 +1,14 @@
-"""What a token store says of itself: counts of its inputs, report.html, and README.md, the data card."""
+"""What a data set says of itself: counts of its inputs, report.html, and README.md, the data card.
+
+Both are functions of the manifest and of a few rows.  A card holds no time and no folder of this machine, so
+the same data give the same card; its head is what the Hugging Face hub reads.
+"""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +17,10 @@ import numpy as np
 from phoenix import report
 from phoenix.data.parts import EXAMPLES, EXCERPT, REASONS, Part, spans
 from phoenix.data.selection import Rows
+from phoenix.files import atomic_write
 from phoenix.tokenizer import Tokenizer
 
-Examples = dict[str, list[tuple[str, str, str]]]  # filter -> (file and line, why, text)
+Examples = dict[str, list[tuple[str, str, str]]]  # filter, or "kept" -> (file and line, why, text)
 
 
 def count(inputs: Sequence[dict[str, Any]], parts: Sequence[Part], rows: Rows) -> None:
@@ -41,11 +47,9 @@ def count(inputs: Sequence[dict[str, Any]], parts: Sequence[Part], rows: Rows) -
 def examples(
     parts: Sequence[Part], rows: Rows, twins: np.ndarray, paths: Sequence[str], tokenizer: Tokenizer
 ) -> Examples:
-    """The first EXAMPLES rows that each filter dropped."""
+    """Up to EXAMPLES rows that each filter dropped, and as many that were kept, from all over the data."""
     found: Examples = {}
-    add = lambda reason, *example: found.setdefault(reason, []).append(example)  # noqa: E731
-    is_full = lambda reason: len(found.get(reason, ())) >= EXAMPLES  # noqa: E731
-    places = list(spans(parts))
+    places, names = list(spans(parts)), {i: name for name, i in tokenizer.special_ids.items()}
     starts = np.array([place.start for place in places])
 
     def where(row: int) -> str:
@@ -53,17 +57,24 @@ def examples(
         part = parts[number]
         return f"{paths[part.file]}, line {part['line'][row - starts[number]]}"
 
+    def text(tokens: np.ndarray) -> str:
+        stream, shown = tokenizer.stream(), tokens[: EXCERPT // 3].tolist()
+        text = "".join(names.get(i) or stream.feed(i) for i in shown) + stream.flush()
+        return text + " ..." * (len(tokens) > len(shown))
+
     for part in parts:
         for reason, shown in part.notes["examples"].items():
-            for line, why, excerpt in shown:
-                if not is_full(reason):
-                    add(reason, f"{paths[part.file]}, line {line}", why, excerpt)
-    for reason in REASONS[REASONS.index("duplicate") :]:
-        for row in np.flatnonzero(rows.reason == REASONS.index(reason))[:EXAMPLES]:
+            more = ((f"{paths[part.file]}, line {line}", why, excerpt) for line, why, excerpt in shown)
+            found[reason] = [*found.get(reason, ()), *more][:EXAMPLES]
+    for reason in ("kept", *REASONS[REASONS.index("duplicate") :]):
+        which = np.flatnonzero(rows.reason == REASONS.index(reason))
+        for row in which[:: -(-len(which) // EXAMPLES) or 1]:
             number = int(starts.searchsorted(row, "right")) - 1
             [documents] = parts[number].documents(np.array([row - starts[number]]))
             why = f"as {where(twins[row])}" if twins[row] >= 0 else ""
-            add(reason, where(row), why, tokenizer.decode(documents[0][0][: EXCERPT // 3].tolist()))
+            if reason == "kept":
+                why = f"{'eval' if rows.held_out[row] else 'train'} × {rows.copies[row]}"
+            found.setdefault(reason, []).append((where(row), why, "\n\n".join(text(d[0]) for d in documents)))
     return {reason: found[reason] for reason in REASONS if reason in found}
 
 
@@ -86,8 +97,195 @@ def summary(manifest: dict[str, Any]) -> str:
 
 
 def write_cards(folder: Path, manifest: dict[str, Any], shown: Examples) -> None:
-    """report.html, for who makes the store, and README.md, the data card, for who gets it."""
-    sections = [report.heading("Files"), report.paragraph("later")]
+    """report.html, for who makes a store, and README.md, the data card, for who gets it."""
+    files = [(entry["path"], entry) for entry in manifest["inputs"]]
+    sections = []
+    for title, *cells in (*_tables(manifest), ("Files", *_counts("file", files))):
+        sections += [report.heading(title), report.table(*cells)]
+    number = sum((Counter(entry["dropped"], kept=entry["kept"]) for _, entry in files), Counter())
     for reason, found in shown.items():
-        sections += [report.heading(reason), report.side_by_side(("row", "why", "text"), found)]
+        sections += [report.heading(f"{reason}: {len(found)} of {number[reason]:,} rows")]
+        sections += [report.paragraph(MEANINGS[reason]), report.side_by_side(("row", "why", "text"), found)]
     report.write_report(folder / "report.html", "Preparation", sections)
+    about = "This folder is a token store of Phoenix; recipes/export_data.py gives its rows as text."
+    kept = [text for _, _, text in shown.get("kept", ())]
+    samples = kept[:: -(-len(kept) // 3) or 1]
+    write_data_card(folder / "README.md", manifest, ["viewer: false"], about, samples)
+
+
+def write_data_card(
+    path: Path, manifest: dict[str, Any], head: Iterable[str], about: str, samples: Sequence[str]
+) -> None:
+    """README.md of a data set, with what the hub reads at its head.
+
+    manifest: of a token store, or its entries kind, splits and inputs alone; head: further lines of YAML;
+    about: what it is; samples: rows, of which three are shown.
+    """
+    sources, rows = by_source(manifest), sum(entry["rows"] for entry in manifest["splits"].values())
+    licenses = {name for entry in sources.values() for name in entry["licenses"]}
+    languages = {entry.get("language") or "" for entry in manifest.get("data_sources", ())}
+    codes = sorted(filter(re.compile("[a-z]{2,3}").fullmatch, languages))
+    kind = "preference pairs" if manifest["kind"] == "pairs" else "conversations and texts"
+    lines = [
+        "---", *license_head(licenses), "task_categories:", "- text-generation", "size_categories:",
+        f"- {SIZES[max(0, len(str(rows)) - 3)]}",
+        *(["language:", *(f'- "{code}"' for code in codes)] if codes else []),  # a bare no is false
+        *head, "---", "", f"# {_plain(', '.join(sources))}", "", f"{rows:,} rows: {kind}. {about}", "",
+    ]  # fmt: skip
+    for title, header, cells in _tables(manifest):
+        marked = (f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header)))
+        lines += [f"## {title}", "", *marked, *(f"| {' | '.join(map(_plain, row))} |" for row in cells), ""]
+    lines += ["## Rows", "", *(line for text in samples[:3] for line in _fenced(text))]
+    with atomic_write(path) as file:
+        file.write("\n".join([*lines, "## Limits", "", *LIMITS, ""]))
+
+
+def license_head(licenses: Iterable[str]) -> list[str]:
+    """Lines of YAML: the hub's name of a single licence; else "other" and a name, or "unknown"."""
+    names = sorted(re.sub("-(only|or-later)$", "", name.lower()) for name in licenses)
+    name = re.sub(f"^({HUB_FAMILIES})-[0-9.]+$", r"\1", names[0]) if len(names) == 1 else ""
+    if name in HUB_LICENSES or names in ([], ["not stated"]):
+        return [f"license: {name if name in HUB_LICENSES else 'unknown'}"]
+    return ["license: other", f"license_name: {re.sub('[^a-z0-9.]+', '-', '-and-'.join(names))}"]
+
+
+def by_source(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The counts of each source's files added up: rows, kept, repeated, dropped, licenses."""
+    sources: dict[str, dict[str, Any]] = {}
+    for entry in manifest["inputs"]:
+        mine = sources.setdefault(entry["source"], {"dropped": Counter(), "licenses": Counter()})
+        mine |= {name: mine.get(name, 0) + entry.get(name, 0) for name in ("rows", "kept", "repeated")}
+        for name in ("dropped", "licenses"):
+            mine[name].update(entry[name])
+    return sources
+
+
+def _tables(manifest: dict[str, Any]) -> Iterator[tuple[str, Sequence[str], list[tuple]]]:
+    """Heading, names of the columns, and rows of each table that card and report share."""
+    sources, splits = by_source(manifest), manifest["splits"]
+    stated = {entry["name"]: entry for entry in manifest.get("data_sources", ())}
+    yield "Splits", ("split", *SPLIT), [(name, *map(entry.get, SPLIT)) for name, entry in splits.items()]
+    origins = [(name, stated.get(name, {})) for name in sources]
+    cells = [(name, _where(origin), *map(origin.get, STATED)) for name, origin in origins]
+    yield "Sources", ("source", "from", *(name.replace("_", " ") for name in STATED)), cells
+    yield "Rows of each source", *_counts("source", sources.items())
+    licenses = [(*item, name) for name, entry in sources.items() for item in entry["licenses"].items()]
+    cells = [(license, name, number, _asks(license)) for license, number, name in sorted(licenses)]
+    yield "Licences", ("licence", "source", "rows kept", "what it asks"), cells
+    yield "Steps", ("step", "rows that it drops", "number", "left"), _steps(sources.values(), splits)
+    if config := manifest.get("config"):
+        policy = config["license_policy"] or ("stated" if config["sources"] else "none")
+        names = [Path(path).name for path in config["eval_files"]]
+        more = {name: manifest[name] for name in ("phoenix_version", "tokenizer_digest", "template_digest")}
+        shown = {**config, "license_policy": policy, "eval_files": names, **more}
+        cells = [(name, _listed(value)) for name, value in shown.items() if name not in OF_FILES]
+        yield "Settings", ("setting", "value"), cells
+
+
+def _counts(what: str, entries: Iterable[tuple[str, dict]]) -> tuple[Sequence[str], list[tuple]]:
+    found = [(name, entry, entry["dropped"]) for name, entry in entries]
+    reasons = [reason for reason in REASONS if any(dropped.get(reason) for _, _, dropped in found)]
+    cells = [
+        (name, entry["rows"], *map(dropped.get, reasons), entry["kept"], entry.get("repeated"))
+        for name, entry, dropped in found
+    ]
+    return (what, "rows", *reasons, "kept", "repeated"), cells
+
+
+def _steps(sources: Iterable[dict[str, Any]], splits: dict[str, dict[str, Any]]) -> list[tuple]:
+    """From the rows read to the rows written: each line takes from what the one before it left."""
+    left, repeated, dropped = 0, 0, Counter()
+    for entry in sources:
+        left, repeated = left + entry["rows"], repeated + entry["repeated"]
+        dropped.update(entry["dropped"])
+    steps: list[tuple] = [("read", None, None, left)]
+    for name in filter(dropped.get, REASONS):
+        left -= dropped[name]
+        steps.append((name, MEANINGS[name], dropped[name], left))
+    written = sum(entry["rows"] for entry in splits.values())
+    return [*steps, ("written", f"none; {repeated:,} copies for weights above 1", None, written)]
+
+
+def _where(source: dict[str, Any]) -> str | None:
+    """A set of the hub with its commit, of another path the last part; the page."""
+    path = source.get("path", "")
+    if path.startswith("hf://"):
+        path = f"{path.partition('@')[0]}@{source.get('revision', '')}"
+    return " ".join(filter(None, (path if "//" in path else Path(path).name, source.get("url")))) or None
+
+
+def _asks(license: str) -> str:
+    return "; ".join(
+        asks for pattern, asks in CONDITIONS.items() if re.search(pattern, license, re.IGNORECASE)
+    )
+
+
+def _listed(value: Any) -> str:
+    return ", ".join(map(str, value if isinstance(value, list) else [value])).replace("None", "none")
+
+
+def _plain(value: Any) -> str:
+    """One line of Markdown that shows the value itself, whatever stands in it."""
+    text = f"{value:,}" if type(value) is int else "" if value is None else str(value)
+    return re.sub(r"([\\`*_{}\[\]<>|#~!&])", r"\\\1", " ".join(text.split()))
+
+
+def _fenced(text: str) -> list[str]:
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return [f"{fence}text", text, fence, ""]
+
+
+SPLIT = ("rows", "documents", "tokens", "target_tokens")
+STATED = (
+    "language", "license", "license_table", "license_join", "generator", "generator_license", "attribution",
+)  # fmt: skip
+OF_FILES = (
+    "input",
+    "eval_input",
+    "sources",
+    "shard_tokens",
+)  # settings that the other tables tell, or none asks
+MEANINGS = {
+    "kept": "as they are trained",
+    "bad_row": "of no known format, or in disorder",
+    "no_license": "of unknown licence",
+    "license": "whose licence, or whose generator's terms, the policy forbids",
+    "empty": "with a turn without one visible character",
+    "equal_answers": "pairs whose two answers are the same",
+    "tie": "pairs whose chosen answer is not rated higher",
+    "test_set": "whose source is a test set",
+    "language": "with an answer in another language than expected",
+    "length_ratio": "much shorter or longer than what they translate",
+    "refusal": "with an answer that refuses, or speaks of itself as an AI",
+    "contaminated": "that share words with a test question",
+    "too_long": "of more tokens than max_length",
+    "no_target": "without a token that is learned",
+    "duplicate": "with the text of an earlier row; held-out pairs with a prompt of the training split",
+    "near_duplicate": "with nearly the text of an earlier row",
+    "weight": "not drawn for their source's share",
+    "cap": "beyond the most that is taken of their source",
+}
+CONDITIONS = {
+    "^not stated": "nothing is known: ask who made it",
+    "BY|MIT|BSD|Apache|ISC": "attribution: name the authors and the licence, and say what was changed",
+    "-SA|ODbL|Sharing|GPL|GFDL": "share-alike: publish what is made of it under this licence",
+    "-NC|non-?commercial|research|academic": "no commercial use",
+    "-ND": "no derivatives, as a translation is one",
+    "LicenseRef": "terms of its own: read them",
+}
+LIMITS = (
+    "- Licences and terms are as the sources state them. Nobody checked them, and this is no legal advice.",
+    "- Filters find what they look for. Rows may still be wrong, personal, harmful, or in a test set.",
+    "- Answers that a model wrote repeat its mistakes; a translated row repeats those of its translation.",
+)
+SIZES = "n<1K 1K<n<10K 10K<n<100K 100K<n<1M 1M<n<10M 10M<n<100M 100M<n<1B 1B<n<10B".split()
+# https://huggingface.co/docs/hub/repositories-licenses, less those of model weights
+HUB_FAMILIES = "c-uda|gfdl|odbl|odc-by|pddl"
+HUB_LICENSES = frozenset(
+    """apache-2.0 mit afl-3.0 artistic-2.0 bsl-1.0 bsd-2-clause bsd-3-clause
+    bsd-3-clause-clear c-uda cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0
+    cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0
+    cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0
+    epl-2.0 etalab-2.0 eupl-1.1 agpl-3.0 gfdl gpl-2.0 gpl-3.0 lgpl-2.1 lgpl-3.0 isc ms-pl mpl-2.0 odc-by odbl
+    postgresql ofl-1.1 ncsa unlicense zlib pddl""".split()
+)
