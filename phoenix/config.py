@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import tomllib
 import types
@@ -84,6 +85,7 @@ def load_config(kind: type[Config], arguments: list[str], default_file: Path | N
 
 def run_recipe(main: Callable[[Any], Any], kind: type, default_file: Path | None = None) -> None:
     """Run a recipe from the command line; exits with 0, 2 (UserError, one line) or 75 (stopped)."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, if the recipe takes no care of it
     try:
         main(load_config(kind, sys.argv[1:], default_file))
     except UserError as error:

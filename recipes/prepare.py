@@ -15,6 +15,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from phoenix import chat
 from phoenix.config import check_bounds, option, run_recipe
 from phoenix.data.card import count, examples, summary, write_cards
 from phoenix.data.filters import FILTERS, RowFilters, lot, row_keys
-from phoenix.data.formats import KINDS, Row, RowError, to_row
+from phoenix.data.formats import KINDS, RowError, to_row
 from phoenix.data.licenses import POLICIES, Licenses, unlicensed_sentence
 from phoenix.data.near_duplicates import signature
 from phoenix.data.parts import REASONS, Arrays, Lines, Outcome, Part, excerpt, make_parts, parts_folder, spans
@@ -187,9 +188,9 @@ class Renderer:
                 return Outcome(line, dropped, licence or "no licence is known", excerpt(raw))
             if dropped := self.filters.why_dropped(row, raw, source.language):
                 return Outcome(line, *dropped, excerpt(raw))
-            if self.surely_too_long(row):
+            limit, most = self.config.max_prompt_length, self.tokenizer.max_token_bytes
+            if surely_too_long(row, most * self.config.max_length, prompt_is_cut=limit is not None):
                 return Outcome(line, "too_long", "by its characters alone", excerpt(raw))
-            limit = self.config.max_prompt_length
             documents, is_cut = render_row(row, self.tokenizer, self.template, max_prompt_length=limit)
         except (UserError, ValueError) as error:  # ValueError: a character without a token
             if self.config.on_bad_row == "drop":
@@ -206,13 +207,6 @@ class Renderer:
             signature=signature(row) if "near_duplicate" in self.config.filters else None,
         )  # fmt: skip
 
-    def source_of(self, file: int) -> Source:
-        return self.sources[self.files[file][1]]
-
-    def surely_too_long(self, row: Row) -> bool:
-        most = self.config.max_length * self.tokenizer.max_token_bytes
-        return surely_too_long(row, most, prompt_is_cut=self.config.max_prompt_length is not None)
-
     def why_dropped(self, documents: tuple[Arrays, ...]) -> tuple[str, str] | None:
         first, *answers = (len(tokens) for tokens, _, _ in documents)
         if (length := first + max(answers, default=0)) > self.config.max_length:
@@ -226,16 +220,20 @@ def scan(config: PrepareConfig, renderer: Renderer, inputs: list[dict], work: Pa
     size = sum(entry["bytes"] for entry in inputs)
     workers = config.num_workers or min(os.cpu_count() or 1, 1 + size // 2**22)
     shape = {**made_with(config, renderer), "phoenix_version": phoenix.__version__}
-    folders = [work / json_digest({**shape, **entry}) for entry in inputs]
+    # What stands in other files than those of rows: it may change between a kill and the next run.
+    shape["licenses"] = [[each.field, each.table, each.joined] for each in renderer.licenses]
+    shape["eval_files"] = [describe_file(path) for path in config.eval_files]
+    folders = [work / json_digest({**shape, **entry, "file": n}) for n, entry in enumerate(inputs)]
     files, parts = [path for path, _ in renderer.files], []
     made = make_parts(zip(files, folders), workers, Renderer, (config, renderer.found), config.pieces)
     with tqdm(unit=" rows", disable=None) as bar:
-        for part in made:
-            bar.update(len(reasons := part["reason"]))
-            is_first = not parts or renderer.files[parts[-1].file][1] != renderer.files[part.file][1]
-            if is_first and (reasons == REASONS.index("no_license")).all():
-                raise UserError(unlicensed_sentence(renderer.source_of(part.file), config.policy))
-            parts.append(part)
+        for number, of_source in groupby(made, lambda part: renderer.files[part.file][1]):
+            before = len(parts)
+            for part in of_source:
+                bar.update(len(part["reason"]))
+                parts.append(part)
+            if all((part["reason"] == REASONS.index("no_license")).all() for part in parts[before:]):
+                raise UserError(unlicensed_sentence(renderer.sources[number], config.policy))
     if not parts:
         raise UserError("input: the files hold no row at all; expected rows of a known format; give others")
     return parts
@@ -251,7 +249,7 @@ def write_store(
     numbers: dict[tuple[str, str, str], int] = {}  # (source, what a row states as its own, licence)
     for part, here in zip(parts, spans(parts)):
         line, stated, of_row = part["line"], part.notes["provenance"], part["provenance"]
-        label, kept = renderer.source_of(part.file).label, np.flatnonzero(rows.copies[here])
+        label, kept = renderer.sources[renderer.files[part.file][1]].label, np.flatnonzero(rows.copies[here])
         for row, documents in zip(kept.tolist(), part.documents(kept)):
             subset, licence = stated[of_row[row]]
             origin = (label, subset if len(numbers) < MOST_SUBSETS else "", licence)

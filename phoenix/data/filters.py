@@ -6,7 +6,6 @@ Those of length stand in rendering.py and recipes/prepare.py, since they count t
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import re
@@ -18,6 +17,7 @@ from typing import Any
 from phoenix.data.formats import Conversation, Message, PreferencePair, Row, Text
 from phoenix.data.language import CANDIDATES, reply_language
 from phoenix.data.overlap import EvalIndex, strings
+from phoenix.files import UserError, require
 
 # In the order in which they are asked; the last two are decided over all rows.
 FILTERS = (
@@ -38,21 +38,27 @@ class RowFilters:
     test_sets: tuple[str, ...] = ("theoremqa", "truthful_qa")
     eval_files: tuple[Path, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Raises UserError here, not at each row: a missing extra, test files that cannot be read, are not
+        there, or are there without the filter."""
+        if bool(self.eval_files) != ("contaminated" in self.names):
+            given, other = ("eval_files", "contaminated")[:: 1 if self.eval_files else -1]
+            raise UserError(f"{given} is set, but {other} is not; filters needs contaminated with eval_files")
+        needed = {"language": ("py3langid.langid", "language"), "near_duplicate": ("datasketch", "data")}
+        for name in needed.keys() & set(self.names):
+            require(*needed[name])
+        object.__setattr__(self, "eval_index", EvalIndex(self.eval_files))
+
     def why_dropped(self, row: Row, raw: dict[str, Any], language: str | None) -> tuple[str, str] | None:
         """(name of the first filter that drops the row, what it found); None if the row stays.
 
         raw: the row as it was read; language: the code that its answers are expected in, None: any.
-        Raises UserError for a test file that cannot be read, or if py3langid (extra `language`) is missing.
         """
         for name in FILTERS:
             check = _CHECKS.get(name) if name in self.names else None
             if check and (found := check(self, row, raw, language)):
                 return name, found
         return None
-
-    @functools.cached_property
-    def eval_index(self) -> EvalIndex:
-        return EvalIndex(self.eval_files)
 
 
 def empty(_filters: RowFilters, row: Row, _raw: dict, _expected: str | None) -> str | None:

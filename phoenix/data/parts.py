@@ -125,7 +125,7 @@ def spans(parts: Sequence[Part]) -> Iterator[slice]:
 
 def excerpt(row: dict[str, Any]) -> str:
     """The start of a raw row, for the report."""
-    text = json.dumps(row, ensure_ascii=False)
+    text = json.dumps(row, ensure_ascii=False, default=str)  # parquet has dates and bytes
     return text[:EXCERPT].encode("utf-8", "replace").decode()
 
 
@@ -174,6 +174,7 @@ def parts_folder(output: Path) -> Iterator[Path]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.stat(folder / "lock")  # not that of a run that ended between the two lines, with its folder
         except OSError:
             raise UserError(f"{output}: another run is writing it; wait, or choose another output") from None
         try:

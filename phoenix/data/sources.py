@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from phoenix.config import option
+from phoenix.config import check_bounds, option
+from phoenix.data.formats import check_format
 from phoenix.data.reading import READERS
 from phoenix.files import UserError, require
 
@@ -42,6 +43,12 @@ class Source:
     url: str | None = option("page of the data set", None)
     language: str | None = option("expected of the answers (filter language); none: not checked", None)
     held_out: bool = option("all its rows go to the split eval", False)
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a number out of bounds and an unknown format."""
+        check_bounds(self)
+        if self.format:
+            check_format(self.format)
 
     @property
     def label(self) -> str:

@@ -100,7 +100,8 @@ def test_the_first_filter_that_is_on_names_the_row():
         assert RowFilters(tuple(reasons[first:][::-1])).why_dropped(row, raw, None)[0] == reasons[first]
     assert RowFilters(()).why_dropped(row, raw, "de") is None
     assert RowFilters(FILTERS[-2:]).why_dropped(row, raw, "de") is None
-    assert RowFilters(FILTERS).why_dropped(pair("Hallo", "Guten Tag!", "Tag."), {}, None) is None
+    others = tuple(name for name in FILTERS if name != "contaminated")  # which needs files
+    assert RowFilters(others).why_dropped(pair("Hallo", "Guten Tag!", "Tag."), {}, None) is None
 
 
 def test_what_was_found_is_said():
