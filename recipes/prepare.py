@@ -186,11 +186,11 @@ class Renderer:
             licence = licenses.of(raw, row.license)
             if dropped := licenses.why_dropped(licence):
                 return Outcome(line, dropped, licence or "no licence is known", excerpt(raw))
-            if dropped := self.filters.why_dropped(row, raw, source.language):
-                return Outcome(line, *dropped, excerpt(raw))
             limit, most = self.config.max_prompt_length, self.tokenizer.max_token_bytes
             if surely_too_long(row, most * self.config.max_length, prompt_is_cut=limit is not None):
                 return Outcome(line, "too_long", "by its characters alone", excerpt(raw))
+            if dropped := self.filters.why_dropped(row, raw, source.language):
+                return Outcome(line, *dropped, excerpt(raw))
             documents, is_cut = render_row(row, self.tokenizer, self.template, max_prompt_length=limit)
         except (UserError, ValueError) as error:  # ValueError: a character without a token
             if self.config.on_bad_row == "drop":
@@ -202,8 +202,9 @@ class Renderer:
         key, prompt_key = row_keys(row)
         held_out = source.held_out or lot(prompt_key, self.config.seed) < self.config.eval_fraction
         return Outcome(
-            line, provenance=(row.source, licence or "not stated"), keys=(key, prompt_key), held_out=held_out,
-            lot=lot(key, -1 - self.config.seed), documents=documents, prompt_is_cut=is_cut,
+            line, provenance=(row.source if row.source != path.name else "", licence or "not stated"),
+            keys=(key, prompt_key), held_out=held_out, lot=lot(key, -1 - self.config.seed),
+            documents=documents, prompt_is_cut=is_cut,
             signature=signature(row) if "near_duplicate" in self.config.filters else None,
         )  # fmt: skip
 
@@ -285,7 +286,8 @@ def previews(config: PrepareConfig, parts: list[Part], rows: Rows, inputs: list[
 
 def describe(path: Path, number: int, renderer: Renderer) -> dict[str, Any]:
     """A file's entry in the manifest, to which `count` adds what became of its rows."""
-    return {"path": str(path), "source": renderer.sources[number].label, **describe_file(path)}
+    source = {"data_source": number, "source": renderer.sources[number].label}
+    return {"path": str(path), **source, **describe_file(path)}
 
 
 def source_entry(found: Resolved) -> dict[str, Any]:
