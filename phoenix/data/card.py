@@ -164,7 +164,8 @@ def _tables(manifest: dict[str, Any]) -> Iterator[tuple[str, Sequence[str], list
     """Heading, names of the columns, and rows of each table that card and report share."""
     sources, splits = by_source(manifest), manifest["splits"]
     stated = {entry["name"]: entry for entry in manifest.get("data_sources", ())}
-    yield "Splits", ("split", *SPLIT), [(name, *map(entry.get, SPLIT)) for name, entry in splits.items()]
+    known = [name for name in SPLIT if any(name in entry for entry in splits.values())]
+    yield "Splits", ("split", *known), [(name, *map(entry.get, known)) for name, entry in splits.items()]
     origins = [(name, stated.get(name, {})) for name in sources]
     cells = [(name, _where(origin), *map(origin.get, STATED)) for name, origin in origins]
     yield "Sources", ("source", "from", *(name.replace("_", " ") for name in STATED)), cells
@@ -172,8 +173,8 @@ def _tables(manifest: dict[str, Any]) -> Iterator[tuple[str, Sequence[str], list
     licenses = [(*item, name) for name, entry in sources.items() for item in entry["licenses"].items()]
     cells = [(license, name, number, _asks(license)) for license, number, name in sorted(licenses)]
     yield "Licences", ("licence", "source", "rows kept", "what it asks"), cells
-    yield "Steps", ("step", "rows that it drops", "number", "left"), _steps(sources.values(), splits)
     if config := manifest.get("config"):
+        yield "Steps", ("step", "rows that it drops", "number", "left"), _steps(sources.values(), splits)
         policy = config["license_policy"] or ("stated" if config["sources"] else "none")
         names = [Path(path).name for path in config["eval_files"]]
         more = {name: manifest[name] for name in ("phoenix_version", "tokenizer_digest", "template_digest")}
@@ -203,7 +204,7 @@ def _steps(sources: Iterable[dict[str, Any]], splits: dict[str, dict[str, Any]])
         left -= dropped[name]
         steps.append((name, MEANINGS[name], dropped[name], left))
     written = sum(entry["rows"] for entry in splits.values())
-    return [*steps, ("written", f"none; {repeated:,} copies for weights above 1", None, written)]
+    return [*steps, ("written", f"none; with {repeated:,} copies, by weights above 1", None, written)]
 
 
 def _where(source: dict[str, Any]) -> str | None:
