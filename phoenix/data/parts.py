@@ -5,8 +5,8 @@
 
 A part holds at most PART_ROWS rows and PART_BYTES bytes of a file, so where one begins depends on the file
 alone.  DIGEST is of all that shapes the parts of a file: its bytes, the config, the tokenizer.  A part that
-stands there is not made again.  Its arrays are read one by one, so that what is decided over all rows needs
-the small ones in memory, never the tokens.
+stands there whole is not made again.  Its arrays are read one by one, so that what is decided over all rows
+needs the small ones in memory, never the tokens.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import hashlib
 import json
 import multiprocessing
 import os
@@ -106,6 +107,17 @@ class Part:
         with self._open() as tensors:
             return json.loads(tensors.metadata()["notes"])
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether it stands there as it was written."""
+        try:
+            with self._open() as tensors:
+                arrays = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+                stated = tensors.metadata()
+            return stated["digest"] == _digest(self.path, stated["notes"], arrays)
+        except (UserError, KeyError, TypeError):
+            return False
+
     @contextlib.contextmanager
     def _open(self) -> Iterator[Any]:
         try:
@@ -129,8 +141,8 @@ def excerpt(row: dict[str, Any]) -> str:
     return text[:EXCERPT].encode("utf-8", "replace").decode()
 
 
-def _serialized(outcomes: Sequence[Outcome], pieces: int) -> bytes:
-    """What stands in a part file; pieces: documents of a row."""
+def _serialized(outcomes: Sequence[Outcome], pieces: int, path: Path) -> bytes:
+    """What stands in the part file of this path; pieces: documents of a row."""
     provenance = {name: number for number, name in enumerate(dict.fromkeys(o.provenance for o in outcomes))}
     column = lambda kind, values: np.array(list(values), kind)  # noqa: E731
     documents = [document for outcome in outcomes for document in outcome.documents]
@@ -154,7 +166,16 @@ def _serialized(outcomes: Sequence[Outcome], pieces: int) -> bytes:
     for o in outcomes:
         if not o.documents and len(shown := examples.setdefault(o.dropped, [])) < EXAMPLES:
             shown.append((o.line, o.why, o.excerpt))
-    return save(arrays, metadata={"notes": json.dumps({"provenance": [*provenance], "examples": examples})})
+    notes = json.dumps({"provenance": [*provenance], "examples": examples})
+    return save(arrays, metadata={"notes": notes, "digest": _digest(path, notes, arrays)})
+
+
+def _digest(path: Path, notes: str, arrays: dict[str, np.ndarray]) -> str:
+    """Of all that a part file holds, and of its place."""
+    digest = hashlib.sha256(f"{path.parent.name} {path.name} {notes}".encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode() + array.tobytes())
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -227,7 +248,7 @@ def _jobs(files: Iterable[tuple[Path, Path]]) -> Iterator[Job]:
         folder.mkdir(exist_ok=True)
         for index, lines in enumerate(_split(file_rows(path))):
             part = folder / f"{index:06d}.safetensors"
-            yield Job(number, part, [] if part.exists() else lines)
+            yield Job(number, part, [] if Part(number, part).is_whole else lines)
 
 
 def file_rows(path: Path) -> Iterator[tuple[int, Any]]:
@@ -253,7 +274,7 @@ def _split(rows: Iterator[tuple[int, Any]]) -> Iterator[Lines]:
 
 def _part(make: Maker, pieces: int, job: Job) -> Part:
     if job.lines:
-        data = _serialized(make(job.file, job.lines), pieces)
+        data = _serialized(make(job.file, job.lines), pieces, job.part)
         with atomic_write(job.part, "wb") as file:
             file.write(data)
     return Part(job.file, job.part)
