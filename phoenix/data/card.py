@@ -163,9 +163,11 @@ def by_source(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def _tables(manifest: dict[str, Any]) -> Iterator[tuple[str, Sequence[str], list[tuple]]]:
     """Heading, names of the columns, and rows of each table that card and report share."""
     sources, splits = by_source(manifest), manifest["splits"]
-    stated = {entry["name"]: entry for entry in manifest.get("data_sources", ())}
+    stated = {entry["name"]: dict(entry) for entry in manifest.get("data_sources", ())}
     known = [name for name in SPLIT if any(name in entry for entry in splits.values())]
     yield "Splits", ("split", *known), [(name, *map(entry.get, known)) for name, entry in splits.items()]
+    for entry in stated.values():
+        entry |= {name: _name(entry.get(name)) for name in ("license_table", "license_join")}
     origins = [(name, stated.get(name, {})) for name in sources]
     cells = [(name, _where(origin), *map(origin.get, STATED)) for name, origin in origins]
     yield "Sources", ("source", "from", *(name.replace("_", " ") for name in STATED)), cells
@@ -208,11 +210,15 @@ def _steps(sources: Iterable[dict[str, Any]], splits: dict[str, dict[str, Any]])
 
 
 def _where(source: dict[str, Any]) -> str | None:
-    """A set of the hub with its commit, of another path the last part; the page."""
+    """A set of the hub with its commit, or the name of a path; the page."""
     path = source.get("path", "")
-    if path.startswith("hf://"):
-        path = f"{path.partition('@')[0]}@{source.get('revision', '')}"
-    return " ".join(filter(None, (path if "//" in path else Path(path).name, source.get("url")))) or None
+    path = f"{path.partition('@')[0]}@{source.get('revision', '')}" if path.startswith("hf://") else path
+    return " ".join(filter(None, (_name(path), source.get("url")))) or None
+
+
+def _name(path: str | None) -> str | None:
+    """Of a path on this machine the last part; the folders above it are nobody's business."""
+    return path if path is None or "//" in path else Path(path).name
 
 
 def _asks(license: str) -> str:

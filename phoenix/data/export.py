@@ -51,9 +51,8 @@ def rows_of_store(store: TokenStore) -> Iterator[Exported]:
                 line, raw = next(found for found in lines if found[0] == wanted)
                 row = to_row(parse(path, line, raw), (path, line), kind, form)
             origin = origins[provenance]
-            own = "" if origin["subset"] in (name, path.name) else origin["subset"]
-            license = "" if origin["license"] == "not stated" else origin["license"]
-            yield _exported(row, f"{name}/{own}" if own else name, license)
+            source = "/".join(filter(None, (name, origin["subset"])))
+            yield _exported(row, source, "" if origin["license"] == "not stated" else origin["license"])
 
 
 def check_files(store: TokenStore) -> None:

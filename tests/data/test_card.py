@@ -24,7 +24,14 @@ def entry(source, rows, dropped, licenses, repeated=0, path="/home/jane/rows.jso
 def manifest():
     hub = {"path": "hf://datasets/org/set@main", "name": "set", "revision": "0ff1ce", "license": "MIT"}
     stated = {"generator": "gpt-4 | x", "generator_license": "LicenseRef-OpenAI-terms", "language": "de"}
-    own = {"path": "/home/jane/rows.jsonl", "name": "rows.jsonl", "language": "no", "url": "https://x.org"}
+    tables = dict.fromkeys(("license_table", "license_join"), "/home/jane/open_platypus.toml")
+    own = {
+        **tables,
+        "path": "/home/jane/rows.jsonl",
+        "name": "rows.jsonl",
+        "language": "no",
+        "url": "https://x.org",
+    }
     config = {"license_policy": None, "sources": [{}], "eval_files": ["/home/jane/mt.json"], "seed": 12345}
     return {
         "kind": "documents", "phoenix_version": "1", "tokenizer_digest": "t", "template_digest": "u",

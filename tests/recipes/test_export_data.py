@@ -67,14 +67,14 @@ def mixed(tmp_path):
               "data_source": ("MATH/PRM-800K", "reclor")[i % 2]} for i in range(40)]  # fmt: skip
     trees = [message for i in range(20) for message in tree(f"t{i}", f"Hallo {i}", "Guten Tag!")]
     texts = [{"text": f"Ein Text {i}."} for i in range(5)] + [{"text": "\u200b"}]
-    cells = ["prompt,completion", *(f'"Was, {i}?","Das\n{i}"' for i in range(8))]
+    cells = ["prompt,completion,text", *(f'"Was, {i}?","Das\n{i}",Nein {i}' for i in range(8))]
     (tmp_path / "e.csv").write_text("\n".join(cells), encoding="utf-8")
     return (
         Source(str(write(tmp_path / "a.jsonl", spoken)), license="MIT", weight=2.5),
         Source(str(write(tmp_path / "b.jsonl.gz", asked)), name="Platypus"),
         Source(str(write(tmp_path / "c.jsonl", trees)), weight=0.5),
         Source(str(write(tmp_path / "d.jsonl", texts)), cap=3),
-        Source(str(tmp_path / "e.csv"), format="prompt_completion", held_out=True),
+        Source(str(tmp_path / "e.csv"), format="text", held_out=True),
     )
 
 
@@ -89,13 +89,13 @@ def test_the_rows_are_those_of_the_store(prepared, mixed, tmp_path, bpe_tokenize
     store, tokenizer = prepared(*mixed), Tokenizer.from_pretrained(bpe_tokenizer_folder)
     folder = export_data.main(ExportConfig(tmp_path / "export", store=store))
     parts = {kind: read(folder / "data" / kind / "train.jsonl") for kind in ("conversations", "texts")}
-    held_out = read(folder / "data" / "conversations" / "test.jsonl")
-    assert {path.name for path in (folder / "data" / "texts").iterdir()} == {"train.jsonl"}
+    held_out = read(folder / "data" / "texts" / "test.jsonl")
+    assert {path.name for path in (folder / "data" / "conversations").iterdir()} == {"train.jsonl"}
     for split, rows in (("train", [*parts["conversations"], *parts["texts"]]), ("eval", held_out)):
         tokens, origins = documents(store, split)
         texts = (row for row in rows if "text" in row)
         spoken = (row for row in rows if "messages" in row)
-        is_text = [origin["source"] == "d.jsonl" for origin in origins]
+        is_text = [origin["source"] in ("d.jsonl", "e.csv") for origin in origins]
         for expected, origin, here in zip(tokens, origins, is_text):
             row = next(texts if here else spoken)
             if here:
