@@ -45,6 +45,8 @@ class Stage:
             values = {"input": f'["{self.inputs.store()}.jsonl"]', "output": root / "out"}
             values |= {"model_name_or_path": self.inputs.model("base"), "max_length": 128}
             values |= {"eval_fraction": 0.2, "num_workers": 1, "shard_tokens": 800, "preview": 1}
+            if self.name == "prepare in parts":
+                recipe, values["filters"] = "prepare_in_parts", '["duplicate", "near_duplicate"]'
         elif recipe == "save":
             values = {"model_name_or_path": self.inputs.model("base"), "output": root / "out"}
         else:
@@ -84,6 +86,7 @@ class Stage:
 TWO_RANKS = {"world_size": 2, "changes": {"max_steps": 3, "eval_steps": 3, "sample_max_new_tokens": 1}}
 STAGES = {
     "prepare": {},
+    "prepare in parts": {},
     "save": {},
     "sft": {},
     "sft on two ranks": TWO_RANKS,
