@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,47 +49,48 @@ def examples(
 ) -> Examples:
     """Up to EXAMPLES rows that each filter dropped, and as many that were kept, from all over the data."""
     found: Examples = {}
-    places, names = list(spans(parts)), {i: name for name, i in tokenizer.special_ids.items()}
-    starts = np.array([place.start for place in places])
+    names = {i: name for name, i in tokenizer.special_ids.items()}
+    starts = np.array([span.start for span in spans(parts)])
+
+    def place(row: int) -> tuple[Part, int]:
+        number = int(starts.searchsorted(row, "right")) - 1
+        return parts[number], row - starts[number]
 
     def where(row: int) -> str:
-        number = int(starts.searchsorted(row, "right")) - 1
-        part = parts[number]
-        return f"{paths[part.file]}, line {part['line'][row - starts[number]]}"
+        part, number = place(row)
+        return f"{paths[part.file]}, line {part['line'][number]}"
 
-    def text(tokens: np.ndarray) -> str:
+    def text(row: int) -> str:
+        part, number = place(row)
+        [documents] = part.documents(np.array([number]))
+        return "\n\n".join(excerpt(tokens) for tokens, *_ in documents)
+
+    def excerpt(tokens: np.ndarray) -> str:
         stream, shown = tokenizer.stream(), tokens[: EXCERPT // 3].tolist()
         text = "".join(names.get(i) or stream.feed(i) for i in shown) + stream.flush()
         return text + " ..." * (len(tokens) > len(shown))
 
     for part in parts:
         for reason, shown in part.notes["examples"].items():
-            more = ((f"{paths[part.file]}, line {line}", why, excerpt) for line, why, excerpt in shown)
+            more = ((f"{paths[part.file]}, line {line}", why, raw) for line, why, raw in shown)
             found[reason] = [*found.get(reason, ()), *more][:EXAMPLES]
     for reason in ("kept", *REASONS[REASONS.index("duplicate") :]):
         which = np.flatnonzero(rows.reason == REASONS.index(reason))
         for row in which[:: -(-len(which) // EXAMPLES) or 1]:
-            number = int(starts.searchsorted(row, "right")) - 1
-            [documents] = parts[number].documents(np.array([row - starts[number]]))
-            why = f"as {where(twins[row])}" if twins[row] >= 0 else ""
-            if reason == "kept":
-                why = f"{'eval' if rows.held_out[row] else 'train'} × {rows.copies[row]}"
-            found.setdefault(reason, []).append((where(row), why, "\n\n".join(text(d[0]) for d in documents)))
+            twin, split = twins[row], "eval" if rows.held_out[row] else "train"
+            same = twin >= 0 and f"as {where(twin)}:\n\n{text(twin)}"
+            why = same or f"{split} × {rows.copies[row]}"
+            found.setdefault(reason, []).append((where(row), why, text(row)))
     return {reason: found[reason] for reason in REASONS if reason in found}
 
 
 def summary(manifest: dict[str, Any]) -> str:
     """What went in, what each filter dropped, what came out; for a terminal."""
-    reasons = [name for name in REASONS if any(name in entry["dropped"] for entry in manifest["inputs"])]
-    keys = ("rows", "documents", "tokens", "target_tokens")
-    lines = [("input", "rows in", *reasons, "rows out")]
-    for entry in manifest["inputs"]:
-        dropped = (entry["dropped"].get(reason, 0) for reason in reasons)
-        lines.append((entry["path"], entry["rows"], *dropped, entry["kept"]))
-    lines += [("",), ("split", *keys)]
-    lines += [(name, *(entry[key] for key in keys)) for name, entry in manifest["splits"].items()]
+    header, files = _counts("input", [(entry["path"], entry) for entry in manifest["inputs"]])
+    splits = [(name, *map(entry.get, SPLIT)) for name, entry in manifest["splits"].items()]
+    lines = [header, *files, ("",), ("split", *SPLIT), *splits]
     width = max(len(line[0]) for line in lines)
-    rows = (f"{name:{width}}" + "".join(f"{x:>14}" for x in values) for name, *values in lines)
+    rows = (f"{name:{width}}" + "".join(f"{x or 0:>14}" for x in values) for name, *values in lines)
     cut = sum(entry.get("prompts_cut", 0) for entry in manifest["inputs"])
     limit = manifest["config"]["max_prompt_length"]
     said = f"\n\n{cut} prompts were cut to {limit} tokens" if cut else ""
@@ -174,14 +175,15 @@ def _tables(manifest: dict[str, Any]) -> Iterator[tuple[str, Sequence[str], list
     yield "Rows of each source", *_counts("source", sources.items())
     licenses = [(*item, name) for name, entry in sources.items() for item in entry["licenses"].items()]
     cells = [(license, name, number, _asks(license)) for license, number, name in sorted(licenses)]
-    yield "Licences", ("licence", "source", "rows kept", "what it asks"), cells
+    yield "Licences", ("licence", "source", "rows out", "what it asks"), cells
     if config := manifest.get("config"):
         yield "Steps", ("step", "rows that it drops", "number", "left"), _steps(sources.values(), splits)
         policy = config["license_policy"] or ("stated" if config["sources"] else "none")
         names = [Path(path).name for path in config["eval_files"]]
         more = {name: manifest[name] for name in ("phoenix_version", "tokenizer_digest", "template_digest")}
         shown = {**config, "license_policy": policy, "eval_files": names, **more}
-        cells = [(name, _listed(value)) for name, value in shown.items() if name not in OF_FILES]
+        lists = {name: value if isinstance(value, list) else [value] for name, value in shown.items()}
+        cells = [(name, ", ".join(map(str, lists[name]))) for name in lists if name not in OF_FILES]
         yield "Settings", ("setting", "value"), cells
 
 
@@ -192,15 +194,13 @@ def _counts(what: str, entries: Iterable[tuple[str, dict]]) -> tuple[Sequence[st
         (name, entry["rows"], *map(dropped.get, reasons), entry["kept"], entry.get("repeated"))
         for name, entry, dropped in found
     ]
-    return (what, "rows", *reasons, "kept", "repeated"), cells
+    return (what, "rows in", *reasons, "rows out", "repeated"), cells
 
 
-def _steps(sources: Iterable[dict[str, Any]], splits: dict[str, dict[str, Any]]) -> list[tuple]:
+def _steps(sources: Collection[dict[str, Any]], splits: dict[str, dict[str, Any]]) -> list[tuple]:
     """From the rows read to the rows written: each line takes from what the one before it left."""
-    left, repeated, dropped = 0, 0, Counter()
-    for entry in sources:
-        left, repeated = left + entry["rows"], repeated + entry["repeated"]
-        dropped.update(entry["dropped"])
+    left, repeated = (sum(entry[name] for entry in sources) for name in ("rows", "repeated"))
+    dropped = sum((entry["dropped"] for entry in sources), Counter())
     steps: list[tuple] = [("read", None, None, left)]
     for name in filter(dropped.get, REASONS):
         left -= dropped[name]
@@ -225,10 +225,6 @@ def _asks(license: str) -> str:
     return "; ".join(
         asks for pattern, asks in CONDITIONS.items() if re.search(pattern, license, re.IGNORECASE)
     )
-
-
-def _listed(value: Any) -> str:
-    return ", ".join(map(str, value if isinstance(value, list) else [value])).replace("None", "none")
 
 
 def _plain(value: Any) -> str:

@@ -82,7 +82,7 @@ def test_the_steps_add_up(manifest, tmp_path):
     assert number(written[3]) == left + 103 == sum(number(row[1]) for row in table(text, "Splits")[2:])
     header, _, *rows = table(text, "Rows of each source")
     for row in rows:
-        assert number(row[1]) == sum(map(number, row[2 : header.index("kept")])) + number(row[-2])
+        assert number(row[1]) == sum(map(number, row[2 : header.index("rows out")])) + number(row[-2])
     assert sum(number(row[2]) for row in table(text, "Licences")[2:]) == left
 
 
