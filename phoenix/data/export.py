@@ -31,8 +31,7 @@ def rows_of_file(path: Path, kind: str) -> Iterator[Exported]:
     """The rows of a file of any known schema; kind: "documents" or "pairs".  Raises UserError."""
     for line, raw in file_rows(path):
         row = to_row(parse(path, line, raw), (path, line), kind)
-        stated = row.license or ""
-        yield _exported(row, row.source, canonical(stated) or stated)
+        yield _exported(row, row.source, canonical(row.license or "") or row.license or "")
 
 
 def rows_of_store(store: TokenStore) -> Iterator[Exported]:
@@ -57,6 +56,8 @@ def rows_of_store(store: TokenStore) -> Iterator[Exported]:
 
 def check_files(store: TokenStore) -> None:
     """UserError if a file of which rows stand in the store is gone, or is not what it was."""
+    if lacking := {"provenance", "data_sources"} - set(store.manifest):
+        raise UserError(f"{store.folder}: the manifest lacks {lacking}; prepare the store again")
     for entry in store.manifest["inputs"]:
         path, was = Path(entry["path"]), {name: entry[name] for name in ("bytes", "sha256")}
         if entry["kept"] and not (path.is_file() and describe_file(path) == was):
@@ -76,5 +77,4 @@ def _places(store: TokenStore, pieces: int) -> Iterator[tuple[int, int, int]]:
 
 def _exported(row: Row, source: str, license: str) -> Exported:
     kind = KINDS[type(row).__name__]
-    fields = {name: getattr(row, name) for name in FIELDS[kind]}
-    return kind, {**fields, "source": source, "license": license}
+    return kind, {name: getattr(row, name) for name in FIELDS[kind]} | {"source": source, "license": license}

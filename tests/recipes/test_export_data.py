@@ -184,6 +184,13 @@ def test_mistakes_are_one_sentence(prepared, tmp_path):
         with pytest.raises(UserError) as caught:
             export_data.main(ExportConfig(**{"output": tmp_path / "export", **fields}))
         assert words in str(caught.value) and "\n" not in str(caught.value)
+    manifest = json.loads((store / "manifest.json").read_text())
+    for key in ("kind", "inputs", "provenance", "data_sources"):
+        spoilt = {name: value for name, value in manifest.items() if name != key}
+        (store / "manifest.json").write_text(json.dumps(spoilt))
+        with pytest.raises(UserError, match=f"{key}.*prepare"):
+            export_data.main(ExportConfig(tmp_path / "export", store=store))
+    (store / "manifest.json").write_text(json.dumps(manifest))
     assert TokenStore.open(store, verify=True) and not (tmp_path / "export").exists()
     with pytest.raises(UserError, match="did you mean 'parquet'"):
         load_config(ExportConfig, ["output=x", "format=parket"])
