@@ -45,8 +45,10 @@ class Source:
     held_out: bool = option("all its rows go to the split eval", False)
 
     def __post_init__(self) -> None:
-        """Raises UserError for a number out of bounds and an unknown format."""
+        """Raises UserError for a number out of bounds, an unknown format, what is no code of a language."""
         check_bounds(self)
+        if not re.fullmatch("[a-z]{2}", self.language or "de"):
+            raise UserError(f"{self.path}: language is {self.language!r}; expected a code such as 'de'")
         if self.format:
             check_format(self.format)
 

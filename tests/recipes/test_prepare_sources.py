@@ -410,6 +410,7 @@ MISTAKES = {
     "negative": (ROWS + 'license = "MIT"\nweight = -1', ["weight is -1.0; expected a number of at least 0"]),
     "infinite": (ROWS + 'license = "MIT"\nweight = inf', ["weight is inf"]),
     "cap": (ROWS + 'license = "MIT"\ncap = 0', ["cap is 0; expected a number above 0"]),
+    "language": (ROWS + 'language = "deutsch"', ["language is 'deutsch'; expected a code such as 'de'"]),
     "empty folder": ('[[sources]]\npath = "HERE/empty"', ["empty: no file of rows", "there are none"]),
     "ending": ('[[sources]]\npath = "HERE/config.toml"', ["config.toml", ".parquet"]),
     "revision": (ROWS + 'revision = "v1"', ["has a revision, but is not on the hub"]),
