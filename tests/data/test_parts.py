@@ -153,10 +153,12 @@ def test_a_second_run_and_a_killed_worker_are_one_sentence(large, tmp_path):
     output = tmp_path / "store"
     run = Started(command, output)
     assert run.wait_for(lambda: found_parts(output))
+    os.kill(run.process.pid, signal.SIGSTOP)  # so that it does not come to its end meanwhile
     said = f"^{output}: another run is writing it; wait, or choose another output$"
     with pytest.raises(UserError, match=said):
         finish(command, output)
     os.kill(workers(run.process.pid)[-1], signal.SIGKILL)
+    os.kill(run.process.pid, signal.SIGCONT)
     said = "error: a worker was killed (no memory?); start again with a lower num_workers"
     assert run.end() == (2, said)
     found = len(found_parts(output))
