@@ -74,7 +74,7 @@ def examples(
         for reason, shown in part.notes["examples"].items():
             more = ((f"{paths[part.file]}, line {line}", why, raw) for line, why, raw in shown)
             found[reason] = [*found.get(reason, ()), *more][:EXAMPLES]
-    for reason in ("kept", *REASONS[REASONS.index("duplicate") :]):
+    for reason in ("kept", *REASONS[REASONS.index("weight") :]):
         which = np.flatnonzero(rows.reason == REASONS.index(reason))
         for row in which[:: -(-len(which) // EXAMPLES) or 1]:
             twin, split = twins[row], "eval" if rows.held_out[row] else "train"
@@ -263,9 +263,9 @@ MEANINGS = {
     "contaminated": "that share words with a test question",
     "too_long": "of more tokens than max_length",
     "no_target": "without a token that is learned",
+    "weight": "not drawn for their source's share",
     "duplicate": "with the text of an earlier row; held-out pairs with a prompt of the training split",
     "near_duplicate": "with nearly the text of an earlier row",
-    "weight": "not drawn for their source's share",
     "cap": "beyond the most that is taken of their source",
 }
 CONDITIONS = {

@@ -40,8 +40,8 @@ from phoenix.files import UserError, atomic_write
 # What may become of a row, in the order in which it is asked; 0 is none of them.
 REASONS = (
     "kept", "bad_row", "no_license", "license", "empty", "equal_answers", "tie", "test_set", "language",
-    "length_ratio", "refusal", "contaminated", "too_long", "no_target", "duplicate", "near_duplicate",
-    "weight", "cap",
+    "length_ratio", "refusal", "contaminated", "too_long", "no_target", "weight", "duplicate",
+    "near_duplicate", "cap",
 )  # fmt: skip
 PART_ROWS, PART_BYTES = 1024, 2**22
 EXAMPLES, EXCERPT = 10, 300  # rows of each filter that the report shows, and characters of each

@@ -15,8 +15,6 @@ import numpy as np
 from phoenix.data.near_duplicates import NUM_PERM, near_duplicates
 from phoenix.data.parts import REASONS, Part
 
-BLOCK = 2**16  # rows that are looked at together where a temporary array of all would be large
-
 
 @dataclass
 class Rows:
@@ -66,8 +64,15 @@ def select(
 
     shares: (weight, cap) of each source.  near_duplicates: rows still there [n] -> the earlier row that each
     resembles, or -1.  Returns [rows] int32: the row that a duplicate or a near duplicate repeats, or -1.
+
+    Weights come first: a row that is not drawn takes no duplicate with it.  Caps come last, as they count
+    rows that are written.
     """
     twin = np.full(len(rows.reason), -1, np.int32)
+    weights = np.array([weight for weight, _ in shares])
+    rows.copies[:] = (weights // 1)[rows.source] + (rows.lot < (weights % 1)[rows.source])
+    rows.copies[rows.held_out] = rows.copies[rows.held_out].clip(max=1)  # measured on, so never twice
+    _drop(rows, "weight", np.flatnonzero((rows.reason == 0) & (rows.copies == 0)))
     if dedup:
         left = np.flatnonzero(rows.reason == 0).astype(np.int32)
         again, first = _repeats(rows.key[left])
@@ -81,18 +86,13 @@ def select(
         found = near_duplicates(left)
         _drop(rows, "near_duplicate", left[found >= 0])
         twin[left[found >= 0]] = found[found >= 0]
-    rows.copies[:] = rows.reason == 0
-    for number, (weight, cap) in enumerate(shares):
-        left = np.flatnonzero((rows.reason == 0) & (rows.source == number))
-        copies = int(weight) + (rows.lot[left] < weight % 1)
-        copies = np.where(rows.held_out[left], np.minimum(copies, 1), copies)  # measured on, so never twice
-        _drop(rows, "weight", left[copies == 0])
-        left, copies = left[copies > 0], copies[copies > 0]
-        if cap is not None:
-            copies = np.clip(cap - (copies.cumsum() - copies), 0, copies)
-            _drop(rows, "cap", left[copies == 0])
-        rows.copies[left] = copies
     rows.copies[rows.reason != 0] = 0
+    for number, (_, cap) in enumerate(shares):
+        if cap is not None:
+            left = np.flatnonzero((rows.reason == 0) & (rows.source == number))
+            copies = rows.copies[left]
+            rows.copies[left] = np.clip(cap - (copies.cumsum() - copies), 0, copies)
+            _drop(rows, "cap", left[rows.copies[left] == 0])
     return twin
 
 
@@ -112,15 +112,8 @@ def _repeats(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _prompts_of_training(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
     """The held-out rows whose prompt is trained on, and for each the first row that does it."""
-    held_out = np.flatnonzero((rows.reason == 0) & rows.held_out)
-    wanted, of_row = np.unique(rows.prompt_key[held_out], return_inverse=True)
-    owner = np.full(len(wanted), -1)
-    for start in range(0, len(rows.reason) if len(wanted) else 0, BLOCK):
-        block = slice(start, start + BLOCK)
-        place = wanted.searchsorted(rows.prompt_key[block]).clip(max=len(wanted) - 1)
-        found = (wanted[place] == rows.prompt_key[block]) & (rows.reason[block] == 0) & ~rows.held_out[block]
-        new, first = np.unique(place[found], return_index=True)
-        row = start + np.flatnonzero(found)[first]
-        owner[new] = np.where(owner[new] < 0, row, owner[new])
-    leaks = owner[of_row] >= 0
-    return held_out[leaks], owner[of_row][leaks]
+    there = rows.reason == 0
+    order = np.concatenate([np.flatnonzero(there & ~rows.held_out), np.flatnonzero(there & rows.held_out)])
+    again, first = (order[found] for found in _repeats(rows.prompt_key[order]))  # trained rows come first
+    leaks = rows.held_out[again] & ~rows.held_out[first]
+    return again[leaks], first[leaks]

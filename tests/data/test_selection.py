@@ -1,5 +1,8 @@
 """What is decided over all rows, against a plain double of loops and dictionaries."""
 
+import math
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -24,40 +27,50 @@ SHARE = st.tuples(
 
 
 def plain(rows, source, shares, dedup, near):
-    """(reason, copies, twin) of each row, decided one row at a time."""
-    reason, copies, twin = [row[4] for row in rows], [0] * len(rows), [-1] * len(rows)
+    """(reason, copies, twin) of each row, decided one row at a time by what docs/prepare.md says.
+
+    The table of filters gives the order: weight, duplicate, near_duplicate, cap.
+    """
+    reason, twin = [row[4] for row in rows], [-1] * len(rows)
+    here = lambda: [i for i in range(len(rows)) if reason[i] == "kept"]  # noqa: E731
 
     def drop(i, name, of=-1):
         reason[i], twin[i] = name, of
 
+    # "weight = 0.5 takes half of a source's rows, 2.5 each row twice and half of them once more."
+    # "A held-out row is never repeated."
+    copies = []
+    for (_, _, held_out, lot, *_), number in zip(rows, source):
+        weight = shares[number][0]
+        count = math.floor(weight) + (lot < weight - math.floor(weight))
+        copies.append(min(count, 1) if held_out else count)
+    for i in here():
+        if not copies[i]:
+            drop(i, "weight")
     if dedup:
         first = {}
-        for i, (key, *_) in enumerate(rows):
-            if reason[i] == "kept" and first.setdefault(key, i) != i:
-                drop(i, "duplicate", first[key])
+        for i in here():
+            if first.setdefault(rows[i][0], i) != i:
+                drop(i, "duplicate", first[rows[i][0]])
         trained = {}
-        for i, (_, prompt, held_out, *_) in enumerate(rows):
-            if reason[i] == "kept" and not held_out:
-                trained.setdefault(prompt, i)
-        for i, (_, prompt, held_out, *_) in enumerate(rows):
-            if reason[i] == "kept" and held_out and prompt in trained:
-                drop(i, "duplicate", trained[prompt])
-    for i, other in near([i for i in range(len(rows)) if reason[i] == "kept"]).items():
+        for i in here():
+            if not rows[i][2]:
+                trained.setdefault(rows[i][1], i)
+        for i in here():
+            if rows[i][2] and rows[i][1] in trained:
+                drop(i, "duplicate", trained[rows[i][1]])
+    for i, other in near(here()).items():
         drop(i, "near_duplicate", other)
-    taken = [0] * SOURCES
-    for i, (_, _, held_out, lot, *_) in enumerate(rows):
-        if reason[i] != "kept":
-            continue
-        weight, cap = shares[source[i]]
-        count = int(weight) + (1 if lot < weight - int(weight) else 0)
-        count = min(count, 1) if held_out else count
-        room = float("inf") if cap is None else cap - taken[source[i]]
-        if count == 0 or room <= 0:
-            drop(i, "weight" if count == 0 else "cap")
-        else:
-            copies[i] = int(min(count, room))
-            taken[source[i]] += copies[i]
-    return reason, copies, twin
+    # "cap is the most rows of a source, copies counted, ...: the first ones in the order of its files."
+    for number, (_, cap) in enumerate(shares):
+        room = math.inf if cap is None else cap
+        for i in here():
+            if source[i] == number:
+                copies[i] = min(copies[i], room)
+                room -= copies[i]
+                if not copies[i]:
+                    drop(i, "cap")
+    return reason, [n if name == "kept" else 0 for n, name in zip(copies, reason)], twin
 
 
 def resembling(rows):
@@ -126,3 +139,32 @@ def test_a_cap_counts_copies_and_takes_the_first_rows():
     select(rows, [(2.0, 5)])
     assert rows.copies.tolist() == [2, 2, 1, *[0] * 7]
     assert [REASONS[code] for code in rows.reason] == ["kept"] * 3 + ["cap"] * 7
+
+
+def test_a_row_that_is_not_drawn_takes_no_duplicate_with_it():
+    """The same four texts in a source that is off and in one that is on; a held-out row beside both."""
+    rows = rows_of(9)
+    rows.key[:] = rows.prompt_key[:] = [0, 1, 2, 3, 0, 1, 2, 3, 0]
+    rows.source[4:] = 1
+    rows.held_out[8] = True
+    rows.lot[:] = [0.2, 0.4, 0.6, 0.8] * 2 + [0.2]
+    select(rows, [(0.0, None), (1.0, None)])
+    assert [REASONS[code] for code in rows.reason] == ["weight"] * 4 + ["kept"] * 4 + ["duplicate"]
+    rows.reason[:] = 0
+    twin = select(rows, [(0.5, None), (1.0, None)])
+    assert rows.copies.tolist() == [1, 1, 0, 0, 0, 0, 1, 1, 0] and twin[[4, 5, 8]].tolist() == [0, 1, 0]
+
+
+def test_memory_of_a_row_is_at_most_100_bytes():
+    count = 200_000
+    rows = rows_of(count)
+    rows.prompt_key, rows.copies = rows.key // 4, rows.copies.copy()
+    rows.held_out = np.random.default_rng(1).random(count) < 0.5
+    own = sum(array.nbytes for array in vars(rows).values())
+    tracemalloc.start()
+    try:
+        select(rows, [(1.5, count // 3)])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert own + peak <= 100 * count, (own / count, peak / count)

@@ -243,12 +243,14 @@ def write(path, rows):
 class Mixture:
     """Files with rows of each schema and each fault; cases: name of the file -> one of each line."""
 
-    def __init__(self, folder, files, seed):
-        self.draw, self.folder, self.files, self.number = random.Random(seed), folder, files, 0
+    def __init__(self, folder, files, kind):
+        self.draw, self.folder, self.files, self.number = random.Random(len(kind)), folder, files, 0
+        self.kind = kind
         self.cases = {name: self.make(*files[name]) for name in files}
         clean = []
         for name, (schema, fields, _) in files.items():
-            clean += [c for c in self.cases[name] if c.reason == "kept"]
+            # One that its weight does not draw takes no duplicate with it.
+            clean += [c for c in self.cases[name] if c.reason == "kept" and self.drawn(c, schema, fields)]
             for _ in range(COUNT):
                 self.repeat(name, schema, fields, clean)
         for name, (schema, _, _) in files.items():
@@ -309,25 +311,32 @@ class Mixture:
             for name, (_, given, _) in self.files.items()
         )
 
-    def share_out(self, name, kind, seed=42):
+    def drawn(self, c, schema, fields, seed=42):
+        """How often the weight of its source takes a row."""
+        key, _ = row_keys(to_row(self.row(c, schema), (Path("x"), 1), self.kind))
+        weight = fields.get("weight", 1.0)
+        return int(weight) + (lot(key, -1 - seed) < weight % 1)
+
+    def share_out(self, name):
         """Weight and cap, row by row -> copies of each line."""
         schema, fields, _ = self.files[name]
-        weight, room, copies = fields.get("weight", 1.0), fields.get("cap", 10**9), []
+        room, copies = fields.get("cap", 10**9), []
         for c in self.cases[name]:
             copies.append(0)
-            if c.reason == "kept":
-                key, _ = row_keys(to_row(self.row(c, schema), (Path(name), 1), kind))
-                count = int(weight) + (lot(key, -1 - seed) < weight % 1)
-                c.reason = "weight" if count == 0 else "cap" if room == 0 else "kept"
-                copies[-1] = min(count, room)
-                room -= copies[-1]
+            if c.reason in ("kept", "duplicate", "near_duplicate"):
+                count = self.drawn(c, schema, fields)
+                c.reason = "weight" if count == 0 else c.reason
+                if c.reason == "kept":
+                    c.reason = "kept" if room else "cap"
+                    copies[-1] = min(count, room)
+                    room -= copies[-1]
         return copies
 
 
 @pytest.mark.parametrize(("kind", "files"), [("documents", DOCUMENTS), ("pairs", PREFERENCES)])
 def test_every_row_of_a_mixture_is_where_it_belongs(kind, files, tmp_path, tokenizer_folder, monkeypatch):
     monkeypatch.setattr(parts, "PART_ROWS", 16)
-    mixture = Mixture(tmp_path, files, seed=len(kind))
+    mixture = Mixture(tmp_path, files, kind)
     config = prepare.PrepareConfig(
         tmp_path / "store", tokenizer_folder, sources=mixture.sources(), license_policy="nc", kind=kind,
         max_length=900, filters=FILTERS, eval_files=(mixture.eval_file,), on_bad_row="drop", num_workers=1,
@@ -338,7 +347,7 @@ def test_every_row_of_a_mixture_is_where_it_belongs(kind, files, tmp_path, token
         stores.append({path.name: path.read_bytes() for path in folder.iterdir()})
     assert stores[0] == stores[1] == stores[2]
 
-    copies = {name: mixture.share_out(name, kind) for name in files}
+    copies = {name: mixture.share_out(name) for name in files}
     store, in_all = TokenStore.open(folder, kind=kind, verify=True), Counter()
     for (name, cases), entry in zip(mixture.cases.items(), store.manifest["inputs"], strict=True):
         expected = Counter(c.reason for c in cases)
