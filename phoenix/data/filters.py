@@ -7,62 +7,69 @@ Those of length stand in rendering.py and recipes/prepare.py, since they count t
 from __future__ import annotations
 
 import hashlib
-import itertools
 import re
-import unicodedata
-from dataclasses import dataclass
+import tomllib
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from phoenix.data.formats import Conversation, Message, PreferencePair, Row, Text
 from phoenix.data.language import CANDIDATES, reply_language
-from phoenix.data.overlap import EvalIndex, strings
+from phoenix.data.overlap import EvalIndex, plain_form, strings
 from phoenix.files import UserError, require
 
-# In the order in which they are asked; the last two are decided over all rows.
-FILTERS = (
-    "empty", "equal_answers", "tie", "test_set", "language", "length_ratio", "refusal", "contaminated",
-    "duplicate", "near_duplicate",
-)  # fmt: skip
+# Printed without ink: fillers of Hangul, the empty pattern of Braille, joiners, selectors of a variant.
+BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0" + "".join(map(chr, range(0xFE00, 0xFE10)))
 
 
-@dataclass(frozen=True)
 class RowFilters:
     """The filters of one row that are switched on, with their settings.  Built once a process."""
 
-    names: tuple[str, ...]
-    # Characters of a translation per character of its source: outside stood 1 to 3 of 2,037 lines of WMT22
-    # en-de, for each of four systems.
-    length_ratio: tuple[float, float] = (0.5, 2.0)
-    # Open-Platypus holds 564 of the 800 public questions of TheoremQA, UltraFeedback all of TruthfulQA.
-    test_sets: tuple[str, ...] = ("theoremqa", "truthful_qa")
-    eval_files: tuple[Path, ...] = ()
+    def __init__(
+        self,
+        names: Collection[str],
+        # Characters of a translation per character of its source: outside stood 1 to 3 of 2,037 lines of
+        # WMT22 en-de, for each of four systems.
+        length_ratio: tuple[float, float] = (0.5, 2.0),
+        # Open-Platypus holds 564 of the 800 public questions of TheoremQA, UltraFeedback all of TruthfulQA.
+        test_sets: tuple[str, ...] = ("theoremqa", "truthful_qa"),
+        eval_files: tuple[Path, ...] = (),
+        languages: Collection[str | None] = (),
+    ) -> None:
+        """languages: those that `why_dropped` will be asked for.
 
-    def __post_init__(self) -> None:
-        """Raises UserError here, not at each row: a missing extra, test files that cannot be read, are not
-        there, or are there without the filter."""
-        if bool(self.eval_files) != ("contaminated" in self.names):
-            given, other = ("eval_files", "contaminated")[:: 1 if self.eval_files else -1]
+        Raises UserError here, not at each row: a missing extra, a language that nothing tells, a ratio
+        that no row can have, test files that cannot be read, are not there, or are there without the filter.
+        """
+        if bool(eval_files) != ("contaminated" in names):
+            given, other = ("eval_files", "contaminated")[:: 1 if eval_files else -1]
             raise UserError(f"{given} is set, but {other} is not; filters needs contaminated with eval_files")
+        if length_ratio[0] > length_ratio[1]:
+            raise UserError(f"length_ratio is {[*length_ratio]}; expected the least first; swap the two")
         needed = {"language": ("py3langid.langid", "language"), "near_duplicate": ("datasketch", "data")}
-        for name in needed.keys() & set(self.names):
+        for name in needed.keys() & set(names):
             require(*needed[name])
-        object.__setattr__(self, "eval_index", EvalIndex(self.eval_files))
+        for language in {*languages} - {None} if "language" in names else ():
+            reply_language("", candidates={*CANDIDATES, language})  # ends here if there is no such language
+        self.names, self.length_ratio, self.eval_index = names, length_ratio, EvalIndex(eval_files)
+        # Any punctuation may stand between the letters of a name; no letter before or behind.
+        letters = (re.findall(r"[^\W_]", name.casefold()) for name in test_sets)
+        patterns = (r"[\W_]*".join(name) for name in letters if name)
+        self.test_sets = [re.compile(rf"(?<![^\W_]){name}(?![^\W_])") for name in patterns]
 
     def why_dropped(self, row: Row, raw: dict[str, Any], language: str | None) -> tuple[str, str] | None:
         """(name of the first filter that drops the row, what it found); None if the row stays.
 
         raw: the row as it was read; language: the code that its answers are expected in, None: any.
         """
-        for name in FILTERS:
-            check = _CHECKS.get(name) if name in self.names else None
-            if check and (found := check(self, row, raw, language)):
+        for name, check in _CHECKS.items():
+            if name in self.names and (found := check(self, row, raw, language)):
                 return name, found
         return None
 
 
 def empty(_filters: RowFilters, row: Row, _raw: dict, _expected: str | None) -> str | None:
-    """A turn or a text without one visible character (zero-width and control characters are none)."""
+    """A turn or a text without one visible character (zero-width, control and filling ones are none)."""
     turns = enumerate(all_turns(row), 1)
     return next((f"turn {n}" for n, (role, text) in turns if role != "system" and not _visible(text)), None)
 
@@ -82,10 +89,10 @@ def tie(_filters: RowFilters, row: Row, _raw: dict, _expected: str | None) -> st
 
 
 def test_set(filters: RowFilters, row: Row, raw: dict, _expected: str | None) -> str | None:
-    """A row whose source or category is the name of a test set, but for case and punctuation."""
-    names = {_plain(name) for name in filters.test_sets}
+    """A row whose source or category holds the name of a test set, whatever its case and punctuation."""
     stated = (row.source, *(raw.get(field) for field in ("source", "data_source", "dataset", "category")))
-    return next((name for name in stated if isinstance(name, str) and _plain(name) in names), None)
+    names = (name for name in stated if isinstance(name, str))
+    return next((n for n in names if any(known.search(n.casefold()) for known in filters.test_sets)), None)
 
 
 def language(_filters: RowFilters, row: Row, _raw: dict, expected: str | None) -> str | None:
@@ -118,7 +125,7 @@ def length_ratio(filters: RowFilters, row: Row, _raw: dict, _expected: str | Non
 
 
 def refusal(_filters: RowFilters, row: Row, _raw: dict, _expected: str | None) -> str | None:
-    """An assistant's turn that speaks of itself as an AI, or opens with a model's stock refusal (REFUSALS).
+    """An assistant's turn that speaks of itself as an AI, or opens with a stock refusal (refusals.toml).
 
     Not what a user says, nor the rejected answer of a pair: it is learned to be avoided.  An answer about
     ChatGPT or OpenAI is none, unless it says "I" of them.
@@ -132,9 +139,10 @@ def refusal(_filters: RowFilters, row: Row, _raw: dict, _expected: str | None) -
     return None
 
 
-def contaminated(filters: RowFilters, _row: Row, raw: dict, _expected: str | None) -> str | None:
-    """A question of a test set in any string of the row, be it the original beside the translation."""
-    return filters.eval_index.hit(strings(raw))
+def contaminated(filters: RowFilters, row: Row, raw: dict, _expected: str | None) -> str | None:
+    """A question of a test set in any string of the row, be it the original beside the translation, or in a
+    turn that is part of a string."""
+    return filters.eval_index.hit(dict.fromkeys((*strings(raw), *(text for _, text in all_turns(row)))))
 
 
 def row_keys(row: Row) -> tuple[int, int]:
@@ -177,49 +185,18 @@ def _key(text: str) -> int:
 
 
 def _normal(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFC", text).split()).casefold()
+    return " ".join(plain_form(text).split())
 
 
 def _visible(text: str) -> bool:
-    return any(character.isprintable() and not character.isspace() for character in text)
+    return any(c.isprintable() and not c.isspace() and c not in BLANK for c in text)
 
 
-def _plain(name: str) -> str:
-    """TIGER-Lab/TheoremQA, theorem_qa, TheoremQA.jsonl -> theoremqa"""
-    return re.sub(r"[\W_]+", "", name.rsplit("/", 1)[-1].split(".")[0]).casefold()
-
-
-# How models refuse and speak of themselves, language by language, in lower case; what begins with ^ opens an
-# answer, since "Es tut mir leid, aber ich kann" stands within letters and stories, too.
-_SENTENCE = r"[^.!?]{0,80}"
-_AI_EN = (
-    r"(?:large )?(?:ai|artificial intelligence|language model)(?: language)?(?: model| assistant| chatbot)?"
-)
-_AI_DE = (
-    r"(?:ein\w* |rein\w* |groß\w* )*(?:ki|künstliche intelligenz|(?:ki-|ai-)?sprachmodell"
-    r"|(?:ki|ai)[- ](?:assistent(?:in)?|modell|system|chatbot|programm))(?![\w-])"  # no "KI-Forscherin"
-)
-REFUSALS: dict[str, tuple[str, ...]] = {
-    "en": (
-        r"^i(?:'m| am) (?:very |really |truly )?sorry,? but i (?:can ?not|can't|am unable|am not able)",
-        r"^i (?:cannot|can't) (?:fulfill?|comply with|assist with|provide|help with) (?:that|this|your)",
-        rf"as an? {_AI_EN}(?:,|(?= i\b)){_SENTENCE}\b(?:i|i'm|my|me)",
-        rf"i(?: am|'m) (?:just |only )?an? {_AI_EN}(?=[,.;:!?)]|$| (?:and|so|but|that|with|\w+ed)\b)",
-        r"(?:my|the) knowledge cut-?off", r"my last (?:knowledge |training )?update",
-        r"i(?: am|'m) chatgpt", rf"i (?:was|am|have been){_SENTENCE}\bby openai",
-    ),
-    "de": (
-        r"^(?:es )?tut mir (?:sehr |wirklich )?leid, (?:aber )?(?:ich kann|das kann ich|als)",
-        r"^entschuldigung, (?:aber )?(?:ich kann|das kann ich)",
-        rf"als {_AI_DE}{_SENTENCE}\b(?:ich|mir|mich|mein\w*)", rf"ich\b[^.!?]{{0,30}}\bals {_AI_DE}",
-        rf"ich bin (?:nur |bloß |lediglich )?(?:eine? )?{_AI_DE}", r"ich bin chatgpt",
-        r"meine?[mns]? (?:letzte[rsn]? )?wissensstand\w*", r"stand meines wissens",
-        r"meine?[mnrs]? letzten? (?:wissens-?|trainings-?)?(?:update|aktualisierung)",
-        rf"ich (?:wurde|bin){_SENTENCE}\bvon openai",
-    ),
-}  # fmt: skip
-_REFUSAL = re.compile(rf"\b(?:{'|'.join(itertools.chain(*REFUSALS.values()))})\b")
-_CHECKS = {
+_TABLE = tomllib.loads((Path(__file__).parent / "refusals.toml").read_text(encoding="utf-8"))
+_PATTERNS = (p.replace("{ai}", of["ai"]) for of in _TABLE.values() for p in of["patterns"])
+_REFUSAL = re.compile(rf"\b(?:{'|'.join(_PATTERNS)})\b".replace("{sentence}", "[^.!?]{0,80}"))
+_CHECKS: dict[str, Callable[[RowFilters, Row, dict, str | None], str | None]] = {
     "empty": empty, "equal_answers": equal_answers, "tie": tie, "test_set": test_set, "language": language,
     "length_ratio": length_ratio, "refusal": refusal, "contaminated": contaminated,
 }  # fmt: skip
+FILTERS = (*_CHECKS, "duplicate", "near_duplicate")  # as they are asked; the last two over all rows

@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
-from phoenix.files import require
+from phoenix.files import UserError, require
 
 # Without its neighbours, Dutch would be called German or English; with all languages, "Ja, gerne!" is Danish.
 CANDIDATES = ("de", "en", "nl", "da", "fr")
@@ -31,13 +31,13 @@ def reply_language(
 ) -> str | None:
     """Language code of the prose of a reply, one of `candidates`; None if too little prose is left to decide.
 
-    Needs py3langid (extra `language`).  Raises UserError without it.
+    Needs py3langid (extra `language`).  Raises UserError without it, and for a code that it does not know.
     """
-    text = prose(text, prompt)
+    identifier, text = _identifier(tuple(sorted(candidates))), prose(text, prompt)
     letters = re.findall(r"[^\W\d_]+", text)
     if len(letters) < min_words or sum(map(len, letters)) < min_letters:
         return None
-    return _identifier(tuple(sorted(candidates))).classify(" ".join(text.split()))[0]
+    return identifier.classify(" ".join(text.split()))[0]
 
 
 def prose(text: str, prompt: str = "") -> str:
@@ -122,6 +122,8 @@ def _without_copies(text: str, asked: list[str]) -> str:
 def _identifier(candidates: tuple[str, ...]) -> Any:
     langid = require("py3langid.langid", extra="language")
     identifier = langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE)
+    if unknown := {*candidates} - {*identifier.nb_classes}:
+        raise UserError(f"language is {min(unknown)!r}; expected a code that py3langid knows, such as 'de'")
     identifier.set_languages(candidates)
     return identifier
 

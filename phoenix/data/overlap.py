@@ -24,6 +24,13 @@ FIELDS = (  # where test sets and the formats of rows have their questions
     "turns", "question", "ctx", "ctx_a", "query", "problem", "goal", "prompt", "instruction",
     "instruction_de", "messages", "conversations", "conversation", "chosen", "text",
 )  # fmt: skip
+FORMATTING = "[\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\U000e0001-\U000e007f]"
+# Thai, Lao, Burmese, Khmer, Japanese and Chinese have no blanks between words.
+ALONE = (
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+# With the signs of Indic vowels, Hebrew and Arabic, which are no letters to Python.
+WORD = r"[\w\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0900-\u0963\u0966-\u0dff]+"
 NO_QUESTION = {"assistant", "gpt", "chatgpt", "bing", "bard", "system"}
 
 
@@ -79,10 +86,15 @@ class EvalIndex:
         return f'{self.names[self.owners[places[hits[0]]]]}: "{" ".join(said[at : at + size])}"'
 
 
+def plain_form(text: str) -> str:
+    """A text without letter case, a difference of Unicode form, and characters that only format (category
+    Cf), such as the soft hyphens of web pages."""
+    return unicodedata.normalize("NFC", re.sub(FORMATTING, "", text).casefold())
+
+
 def normal_words(text: str) -> list[str]:
-    """Words of a text without case, punctuation, or a difference of Unicode form."""
-    # As phoenix.data.language.words finds them, in half of the time.
-    return re.findall(r"\w+", unicodedata.normalize("NFC", text).casefold().replace("_", " "))
+    """Words of the plain form, without punctuation; in scripts without blanks each letter is one."""
+    return re.findall(WORD, re.sub(ALONE, r" \g<0> ", plain_form(text).replace("_", " ")))
 
 
 def run_hashes(words: list[str], sizes: Collection[int]) -> np.ndarray:

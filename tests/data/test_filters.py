@@ -7,6 +7,7 @@ import pytest
 
 from phoenix.data.filters import FILTERS, RowFilters, lot, row_keys
 from phoenix.data.formats import Conversation, PreferencePair, Text, to_row
+from phoenix.files import UserError
 
 
 def chat(*contents):
@@ -35,7 +36,10 @@ def why_dropped(row):
     return found and found[0]
 
 
-@pytest.mark.parametrize("text", ["", " \n\t", "\u200b\u200b", "\ufeff", "\x07", "\u2028\u00a0"])
+@pytest.mark.parametrize(
+    "text",
+    ["", " \n\t", "\u200b\u200b", "\ufeff", "\x07", "\u2028\u00a0", "\u2800", "\ufe0f", "\u3164 \u00ad"],
+)
 def test_what_nobody_can_see_is_empty(text):
     assert why_dropped(Text(text, "x", None, 1)) == "empty"
     assert why_dropped(conversation("Hallo", text)) == "empty"
@@ -56,9 +60,11 @@ def test_a_key_sees_through_form_space_and_case_but_not_content():
     assert key == of_lot
     for question, answer in (
         ("Gro\u0308ße der Straße?", "Drei Meter."),
+        ("Grö\u00adße der Stra\u200bße?", "\ufeffDrei Meter."),
         (" größe\n der\u00a0STRASSE?", "drei  meter."),
     ):
         assert row_keys(conversation(question, answer)) == (key, key)
+    assert row_keys(conversation("ΐ", "x")) == row_keys(conversation("ΐ".upper(), "x"))
     others = [
         conversation("Größe der Straße?", "Drei Meter"),
         conversation("Grosse der Straße?", "Drei Meter."),
@@ -122,15 +128,36 @@ def test_rows_of_a_test_set_are_known_by_their_source_or_category():
     row = conversation("a", "b")
     for field, name in itertools.product(
         ("source", "data_source", "dataset", "category"),
-        ("theoremqa", "TIGER-Lab/TheoremQA", "Theorem_QA.jsonl"),
+        ("theoremqa", "TIGER-Lab/TheoremQA", "Theorem_QA.jsonl", "set/theoremqa_test", "theorem.qa"),
     ):
         assert found("test_set", row, {field: name}) == name
     assert found("test_set", Conversation(chat("a", "b"), "truthful_qa", None, 1)) == "truthful_qa"
+    assert found("test_set", row, {"source": "truthful_qa/generation"}) == "truthful_qa/generation"
+    for name in ("mytheoremqa", "theoremqa2", "theorem", "qa"):
+        assert found("test_set", row, {"source": name}) is None
     assert found("test_set", row, {"source": "qa", "category": ["theoremqa"], "data_source": None}) is None
     assert (
         found("test_set", row, {"source": "ARC-Challenge"}, test_sets=("arc_challenge",)) == "ARC-Challenge"
     )
     assert found("test_set", row, {"source": "theoremqa"}, test_sets=()) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (
+            {"length_ratio": (2.0, 0.5)},
+            r"length_ratio is \[2\.0, 0\.5\]; expected the least first; swap the two",
+        ),
+        ({"names": ("language",), "languages": (None, "xx", "de")}, "language is 'xx'; expected a code that"),
+        ({"eval_files": (Path("x.jsonl"),)}, "eval_files is set, but contaminated is not"),
+        ({"names": ("contaminated",)}, "contaminated is set, but eval_files is not"),
+    ],
+)
+def test_settings_that_no_row_can_meet_are_refused_before_any_is_read(settings, says):
+    pytest.importorskip("py3langid")
+    with pytest.raises(UserError, match=says):
+        RowFilters(**{"names": (), **settings})
 
 
 GERMAN = "Der Turm steht seit vielen Jahren in der Mitte der Stadt und ist schon von Weitem zu sehen."
@@ -193,6 +220,8 @@ REFUSALS = [
     "Ich bin ChatGPT.",
     "Ich wurde von OpenAI entwickelt.",
     "Ich bin nur ein KI-Assistent.",
+    "Es tut mir leid, ich kann diese Anfrage nicht beantworten.",
+    "I am an AI and cannot see you.",
 ]
 ABOUT = [
     "ChatGPT ist ein Sprachmodell, das von OpenAI entwickelt wurde.",
@@ -212,6 +241,10 @@ ABOUT = [
     "I am an intelligence officer.",
     "Als KI-Forscherin habe ich viel zu tun, und ich arbeite als KI-Entwicklerin.",
     "Ich bin KI-Forscher.",
+    "The knowledge cutoff of ChatGPT is September 2021.",
+    "Es tut mir leid, ich kann heute leider nicht zu deiner Feier kommen.",
+    "I am an AI and robotics engineer.",
+    "Als KI-System meines Hauses nutze ich Home Assistant.",
 ]
 
 
@@ -254,3 +287,8 @@ def test_a_question_of_a_test_file_is_found_in_any_field(tmp_path):
     assert said.startswith(f'{tmp_path}/mt.json, row 2: "wie viele brote hat der bäcker')
     assert found("contaminated", row, {"instruction": "wer bist denn du"}, **settings) is not None
     assert found("contaminated", row, {"instruction": "Und wer bist denn du?"}, **settings) is None
+    hh = {
+        "chosen": "\n\nHuman: Wer bist denn du?\n\nAssistant: Ada.",
+        "rejected": "\n\nHuman: Wer bist denn du?\n\nAssistant: Bob.",
+    }
+    assert found("contaminated", to_row(hh, ("x", 1), "pairs"), hh, **settings).endswith('"wer bist denn du"')

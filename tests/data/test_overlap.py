@@ -41,6 +41,7 @@ def index(tmp_path):
         lambda text: text.replace("ä", "a\u0308"),
         lambda text: f"Hallo! Meine Frage ist: {text} Danke schon einmal.",
         lambda text: f"**{text}**".replace(" ", " _"),
+        lambda text: text.replace("ass", "a\u00adss").replace("e", "e\u200b").replace("o", "\ufeffo"),
     ],
 )
 def test_a_planted_question_is_found_whatever_its_form(index, tmp_path, change):
@@ -69,6 +70,17 @@ def test_short_questions_count_only_as_a_whole(index, tmp_path):
     assert (
         EvalIndex((written(tmp_path / "s.jsonl", [{"question": "Warum das?"}]),)).hit(["Warum das?"]) is None
     )
+
+
+def test_scripts_without_blanks_count_their_letters(tmp_path):
+    question, short = "一个面包师在星期一卖了多少个面包？", "谁发明了火药？"
+    index = EvalIndex((written(tmp_path / "t.jsonl", [{"question": question}, {"question": short}]),))
+    assert index.hit([f"问题：{question}谢谢。"]).startswith(f'{tmp_path}/t.jsonl, row 1: "一 个 面 包 师')
+    assert index.hit([question[:8]]) is None
+    assert ", row 2: " in index.hit([short]) and index.hit([f"{short}答案"]) is None
+    assert normal_words("ある日、GPT 4は 2_3") == ["あ", "る", "日", "gpt", "4", "は", "2", "3"]
+    assert normal_words("हिन्दी में कितने शब्द हैं?") == ["हिन्दी", "में", "कितने", "शब्द", "हैं"]
+    assert len(normal_words("שָׁלוֹם עוֹלָם")) == 2
 
 
 def test_nothing_is_found_in_nothing(index):
