@@ -8,7 +8,6 @@ Hugging Face hub and datasets.load_dataset read.  A store's texts come from the 
 these must still be there, unchanged.  --help lists all fields.
 """
 
-import itertools
 import json
 import random
 from collections import Counter
@@ -109,10 +108,8 @@ def write(
     """The rows -> files.  Returns their entries in the manifest, and three rows drawn from all."""
     writers: dict[tuple[str, str], Any] = {}
     samples, draw = [], random.Random(0)
-    found = itertools.chain.from_iterable(
-        zip(itertools.repeat(split), rows) for split, rows in splits.items()
-    )
-    for number, (split, (kind, row)) in enumerate(tqdm(found, unit=" rows", disable=None)):
+    found = ((split, *exported) for split, rows in splits.items() for exported in rows)
+    for number, (split, kind, row) in enumerate(tqdm(found, unit=" rows", disable=None)):
         if (kind, split) not in writers:
             writers[kind, split] = WRITERS[form](folder / "data" / kind, kind, split)
         writers[kind, split].add(row)

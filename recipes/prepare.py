@@ -14,7 +14,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from phoenix.data.preview import Document, preview_page, preview_text
 from phoenix.data.reading import parse
 from phoenix.data.rendering import render_row, surely_too_long
 from phoenix.data.selection import Rows, gather, near_duplicate_finder, select
-from phoenix.data.sources import Resolved, Source, resolve
+from phoenix.data.sources import Resolved, Source, named, resolve
 from phoenix.data.store import FORMAT_VERSION, MANIFEST, StoreWriter
 from phoenix.files import UserError, atomic_folder, atomic_write, describe_file, json_digest, write_json
 from phoenix.tokenizer import Tokenizer
@@ -58,11 +58,9 @@ class PrepareConfig:
     input: tuple[Path, ...] = option("files of rows: .jsonl, .jsonl.gz, .json, .csv, .parquet", ())
     eval_input: tuple[Path, ...] = option("files whose rows are all held out", ())
     license: str | None = option("licence (SPDX) of rows of input and eval_input that state none", None)
-    license_policy: str | None = option(
+    license_policy: str = option(
         "nc: none that forbids commercial use; strict: only those known to permit it; stated: any known one; "
-        "none given: stated if there are sources",
-        None, POLICIES,
-    )  # fmt: skip
+        "auto: stated if there are sources, else none", "auto", ("auto", *POLICIES))  # fmt: skip
     kind: str = option("conversations and texts, or preference pairs", "documents", tuple(KINDS))
     chat_template: str | None = option("its name; none: the one that the model's folder states", None)
     max_length: int = option("a row (a pair: prompt and longer answer) of more tokens is dropped", 2048)
@@ -101,7 +99,7 @@ class PrepareConfig:
         """Those of `input`, `sources`, those of `eval_input`."""
         own = [Source(str(path), license=self.license) for path in self.input]
         held_out = [Source(str(path), license=self.license, held_out=True) for path in self.eval_input]
-        return (*own, *self.sources, *held_out)
+        return named((*own, *self.sources, *held_out))
 
     @property
     def pieces(self) -> int:
@@ -110,7 +108,7 @@ class PrepareConfig:
 
     @property
     def policy(self) -> str:
-        return self.license_policy or ("stated" if self.sources else "none")
+        return self.license_policy.replace("auto", "stated" if self.sources else "none")
 
 
 def main(config: PrepareConfig) -> Path:
@@ -172,7 +170,7 @@ class Renderer:
         chat.render(trial, self.tokenizer, self.template)  # ends here if the tokenizer lacks what it needs
         self.found, self.sources = tuple(found), [each.source for each in found]
         self.files = [(path, number) for number, each in enumerate(found) for path in each.files]
-        self.licenses = [Licenses(source, config.policy) for source in self.sources]
+        self.licenses = [Licenses(each.source, config.policy, each.join) for each in found]
         self.filters = RowFilters(config.filters, config.length_ratio, config.test_sets, config.eval_files)
 
     def __call__(self, file: int, lines: Lines) -> list[Outcome]:
@@ -183,6 +181,7 @@ class Renderer:
         source, licenses = self.sources[number], self.licenses[number]
         try:
             row = to_row(raw, (path, line), self.config.kind, source.format)
+            row = replace(row, source=licenses.origin(raw) or row.source)
             licence = licenses.of(raw, row.license)
             if dropped := licenses.why_dropped(licence):
                 return Outcome(line, dropped, licence or "no licence is known", excerpt(raw))
@@ -303,14 +302,15 @@ def made_with(config: PrepareConfig, renderer: Renderer) -> dict[str, Any]:
     "config": every field that shapes the store; the digests stand for the folder of the tokenizer.
     """
     tokenizer, template = renderer.tokenizer, renderer.template
-    others = ("output", "model_name_or_path", "num_workers", "preview")
-    shaping = {name: value for name, value in asdict(config).items() if name not in others}
+    shaping = {**asdict(config), "chat_template": template, "license_policy": config.policy}
+    for name in ("output", "model_name_or_path", "num_workers", "preview"):
+        del shaping[name]
     return {
         "format_version": FORMAT_VERSION, "kind": config.kind,
         "tokenizer_digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size,
         "chat_template": template, "template_digest": chat.template_digest(template),
         "max_length": config.max_length, "seed": config.seed, "eval_fraction": config.eval_fraction,
-        "config": json.loads(json.dumps({**shaping, "chat_template": template}, default=str)),  # paths
+        "config": json.loads(json.dumps(shaping, default=str)),  # paths
     }  # fmt: skip
 
 

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from phoenix import report
+from phoenix.data.licenses import CONDITIONS, HUB_NAMES
 from phoenix.data.parts import EXAMPLES, EXCERPT, REASONS, Part, spans
 from phoenix.data.selection import Rows
+from phoenix.data.sources import pinned
 from phoenix.files import atomic_write
 from phoenix.tokenizer import Tokenizer
 
@@ -143,11 +145,11 @@ def write_data_card(
 
 def license_head(licenses: Iterable[str]) -> list[str]:
     """Lines of YAML: the hub's name of a single licence; else "other" and a name, or "unknown"."""
-    names = sorted(re.sub("-(only|or-later)$", "", name.lower()) for name in licenses)
-    name = re.sub(f"^({HUB_FAMILIES})-[0-9.]+$", r"\1", names[0]) if len(names) == 1 else ""
-    if name in HUB_LICENSES or names in ([], ["not stated"]):
-        return [f"license: {name if name in HUB_LICENSES else 'unknown'}"]
-    return ["license: other", f"license_name: {re.sub('[^a-z0-9.]+', '-', '-and-'.join(names))}"]
+    names = sorted(licenses)
+    hub = HUB_NAMES.get(names[0]) if len(names) == 1 else None
+    if hub or names in ([], ["not stated"]):
+        return [f"license: {hub or 'unknown'}"]
+    return ["license: other", f"license_name: {re.sub('[^a-z0-9.]+', '-', '-and-'.join(names).lower())}"]
 
 
 def by_source(manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -178,10 +180,9 @@ def _tables(manifest: dict[str, Any]) -> Iterator[tuple[str, Sequence[str], list
     yield "Licences", ("licence", "source", "rows out", "what it asks"), cells
     if config := manifest.get("config"):
         yield "Steps", ("step", "rows that it drops", "number", "left"), _steps(sources.values(), splits)
-        policy = config["license_policy"] or ("stated" if config["sources"] else "none")
         names = [Path(path).name for path in config["eval_files"]]
         more = {name: manifest[name] for name in ("phoenix_version", "tokenizer_digest", "template_digest")}
-        shown = {**config, "license_policy": policy, "eval_files": names, **more}
+        shown = {**config, "eval_files": names, **more}
         lists = {name: value if isinstance(value, list) else [value] for name, value in shown.items()}
         cells = [(name, ", ".join(map(str, lists[name]))) for name in lists if name not in OF_FILES]
         yield "Settings", ("setting", "value"), cells
@@ -211,20 +212,19 @@ def _steps(sources: Collection[dict[str, Any]], splits: dict[str, dict[str, Any]
 
 def _where(source: dict[str, Any]) -> str | None:
     """A set of the hub with its commit, or the name of a path; the page."""
-    path = source.get("path", "")
-    path = f"{path.partition('@')[0]}@{source.get('revision', '')}" if path.startswith("hf://") else path
+    path = pinned(source.get("path", ""), source.get("revision"))
     return " ".join(filter(None, (_name(path), source.get("url")))) or None
 
 
 def _name(path: str | None) -> str | None:
     """Of a path on this machine the last part; the folders above it are nobody's business."""
-    return path if path is None or "//" in path else Path(path).name
+    return path if path is None or path.startswith("hf://") else Path(path).name
 
 
 def _asks(license: str) -> str:
-    return "; ".join(
-        asks for pattern, asks in CONDITIONS.items() if re.search(pattern, license, re.IGNORECASE)
-    )
+    names = re.split(" AND | OR ", license)
+    found = {condition for name in names for condition in CONDITIONS.get(name, ("own",))}
+    return "; ".join(asks for condition, asks in ASKS.items() if condition in found)
 
 
 def _plain(value: Any) -> str:
@@ -241,6 +241,7 @@ def _fenced(text: str) -> list[str]:
 SPLIT = ("rows", "documents", "tokens", "target_tokens")
 STATED = (
     "language", "license", "license_table", "license_join", "generator", "generator_license", "attribution",
+    "weight", "cap", "held_out",
 )  # fmt: skip
 OF_FILES = (
     "input",
@@ -268,13 +269,12 @@ MEANINGS = {
     "near_duplicate": "with nearly the text of an earlier row",
     "cap": "beyond the most that is taken of their source",
 }
-CONDITIONS = {
-    "^not stated": "nothing is known: ask who made it",
-    "BY|MIT|BSD|Apache|ISC": "attribution: name the authors and the licence, and say what was changed",
-    "-SA|ODbL|Sharing|GPL|GFDL": "share-alike: publish what is made of it under this licence",
-    "-NC|non-?commercial|research|academic": "no commercial use",
-    "-ND": "no derivatives, as a translation is one",
-    "LicenseRef": "terms of its own: read them",
+ASKS = {
+    "by": "attribution: name the authors and the licence, and say what was changed",
+    "sa": "share-alike: publish what is made of it under this licence",
+    "nc": "no commercial use",
+    "nd": "no derivatives, as a translation is one",
+    "own": "terms that are not known here: read them, or ask who made it",
 }
 LIMITS = (
     "- Licences and terms are as the sources state them. Nobody checked them, and this is no legal advice.",
@@ -282,13 +282,3 @@ LIMITS = (
     "- Answers that a model wrote repeat its mistakes; a translated row repeats those of its translation.",
 )
 SIZES = "n<1K 1K<n<10K 10K<n<100K 100K<n<1M 1M<n<10M 10M<n<100M 100M<n<1B 1B<n<10B".split()
-# https://huggingface.co/docs/hub/repositories-licenses, less those of model weights
-HUB_FAMILIES = "c-uda|gfdl|odbl|odc-by|pddl"
-HUB_LICENSES = frozenset(
-    """apache-2.0 mit afl-3.0 artistic-2.0 bsl-1.0 bsd-2-clause bsd-3-clause
-    bsd-3-clause-clear c-uda cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0
-    cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0
-    cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0
-    epl-2.0 etalab-2.0 eupl-1.1 agpl-3.0 gfdl gpl-2.0 gpl-3.0 lgpl-2.1 lgpl-3.0 isc ms-pl mpl-2.0 odc-by odbl
-    postgresql ofl-1.1 ncsa unlicense zlib pddl""".split()
-)

@@ -10,7 +10,6 @@ Of every row: `source`, `license` as the row states it, `line`, and `length_rati
 translation per character of what was translated, where the row tells.
 """
 
-import difflib
 import hashlib
 import math
 import re
@@ -31,9 +30,9 @@ __all__ = [
     "Row",
     "RowError",
     "Text",
-    "check_format",
     "is_message",
     "read_rows",
+    "stated_license",
     "threads",
     "to_row",
 ]
@@ -93,7 +92,7 @@ def to_row(
     """One raw row of any known schema, or of the one that is named.
 
     where: its file and line; kind: "documents" (Conversation or Text) or "pairs", for rows that hold both;
-    format: a name that `check_format` accepts.  A field whose value is null counts as absent.
+    format: a name in FORMATS.  A field whose value is null counts as absent.
     Raises RowError naming file, line, found and expected.
     """
     path, line = where
@@ -101,19 +100,24 @@ def to_row(
         row_type, convert = _format_of(row, kind, format)
         content = convert(row)
         source = _text(str(row.get("source") or row.get("data_source") or Path(path).name), "source")
-        licence = _text(str(row.get("license") or row.get("licence") or ""), "license")
+        licence = stated_license(row)
     except RowError as error:
         raise RowError(f"{path}, line {line}: {error}") from None
     more = {"scores": _scores(row)} if row_type is PreferencePair else {}
-    return row_type(*content, source, licence or None, line, _length_ratio(row), **more)
+    return row_type(*content, source, licence, line, _length_ratio(row), **more)
 
 
-def check_format(name: str) -> None:
-    """Raises UserError for what is no name of FORMATS, with the nearest one."""
-    if name not in FORMATS:
-        near = difflib.get_close_matches(name, FORMATS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(FORMATS)}"
-        raise UserError(f"there is no format {name!r}; {hint}")
+def stated_license(row: dict[str, Any]) -> str | None:
+    """What a row's fields `license` and `licence` (in any case) say, joined by AND, as the entries of a list.
+
+    None: nothing, as null and "" are; a number, an object, an empty list become a name that nobody knows.
+    """
+    stated = [value for name, value in row.items() if name.casefold() in ("license", "licence")]
+    lists = [value if isinstance(value, list) and value else [value] for value in stated]
+    names = dict.fromkeys(str(name) for names in lists for name in names if name not in (None, ""))
+    if len(names) > 1:  # in brackets, which stand for an unknown one: AND binds before OR
+        names = [f"({name})" if re.search(r"\sor\s", name, re.IGNORECASE) else name for name in names]
+    return _text(" AND ".join(names), "license") or None
 
 
 def is_message(row: dict[str, Any]) -> bool:

@@ -7,13 +7,15 @@ A source is a file, a folder, a glob, or a data set of the Hugging Face hub.  On
 import dataclasses
 import glob
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import count
 from pathlib import Path
+from urllib.parse import unquote
 
 from phoenix.config import check_bounds, option
-from phoenix.data.formats import check_format
+from phoenix.data.formats import FORMATS
 from phoenix.data.reading import READERS
 from phoenix.files import UserError, require
 
@@ -22,9 +24,9 @@ from phoenix.files import UserError, require
 class Source:
     """Rows of one origin: where they lie, how many are taken, who may use them."""
 
-    path: str = option("file, folder, glob, or hf://datasets/ORG/NAME[/PATH-OR-GLOB][@REVISION]")
+    path: str = option("file, folder, glob, or hf://datasets/ORG/NAME[@REVISION][/PATH-OR-GLOB]")
     name: str | None = option("in tables and the data card; none: the last part of path", None)
-    format: str | None = option("schema of the rows (phoenix/data/formats.py); none: by their fields", None)
+    format: str | None = option("schema of the rows; none: by their fields", None, tuple(FORMATS))
     split: str | None = option("only files whose name holds it between - . or /, as train_sft", None)
     revision: str | None = option("commit, tag or branch on the hub; none: the newest", None)
     weight: float = option("share of the kept rows taken; 2.5: twice each, half of them again", 1.0,
@@ -32,7 +34,7 @@ class Source:
     cap: int | None = option("rows at most, after all filters and the weight", None, bounds="above 0")
     license: str | None = option("SPDX name, for rows that state none", None)
     license_table: str | None = option(
-        "licence by a field of the row: a name in recipes/licenses, or the path of such a file", None
+        "licence by a field of the row: open_platypus, or the path of a table (*.toml)", None
     )
     license_join: str | None = option(
         "file of rows (Open-Platypus) whose licence a row takes by its English instruction", None
@@ -45,44 +47,66 @@ class Source:
     held_out: bool = option("all its rows go to the split eval", False)
 
     def __post_init__(self) -> None:
-        """Raises UserError for a number out of bounds, an unknown format, what is no code of a language."""
+        """Raises UserError for a number out of bounds, and for what is no code of a language."""
         check_bounds(self)
         if not re.fullmatch("[a-z]{2}", self.language or "de"):
             raise UserError(f"{self.path}: language is {self.language!r}; expected a code such as 'de'")
-        if self.format:
-            check_format(self.format)
 
     @property
     def label(self) -> str:
-        """`name`, or the last part of `path` without a revision."""
-        return self.name or Path(self.path.partition("@")[0]).name
+        """`name`, or the last part of `path`: no folder above it."""
+        hub = HUB.fullmatch(self.path)
+        return self.name or Path((hub and (hub[3] or hub[1])) or self.path).name or self.path
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A source and its files, sorted; revision: the commit of a data set of the hub."""
+    """A source and its files, sorted; the commit of a data set of the hub; the file of license_join."""
 
     source: Source
     files: tuple[Path, ...]
     revision: str | None
+    join: Path | None = None
+
+
+def named(sources: Iterable[Source]) -> tuple[Source, ...]:
+    """The sources by names that differ: one that an earlier source has, too, gets a number."""
+    found: dict[str, Source] = {}
+    for source in sources:
+        tries = (f"{source.label} ({n})" if n > 1 else source.label for n in count(1))
+        name = next(name for name in tries if name not in found)
+        found[name] = dataclasses.replace(source, name=name)
+    return tuple(found.values())
+
+
+def pinned(path: str, revision: str | None) -> str:
+    """hf://datasets/ORG/NAME@REVISION/PATH; another path, or without a revision, as it is."""
+    hub = HUB.fullmatch(path)
+    inside = f"/{hub[3]}" if hub and hub[3] else ""
+    return f"hf://datasets/{hub[1]}@{revision}{inside}" if hub and revision else path
 
 
 def resolve(source: Source) -> Resolved:
     """The files of a source; those of the hub are downloaded into its cache, offline found there.
 
-    A license_join on the hub is fetched, too, and stands as a local path in the source of the result.
+    A license_join on the hub is fetched, too; the source of the result names it with its commit.
     Raises UserError for a path without a file of rows, a split that no file has, what the hub refuses.
     """
-    if (source.license_join or "").startswith("hf://"):
-        files = resolve(Source(source.license_join)).files
-        if len(files) > 1:
-            raise UserError(f"license_join {source.license_join} has {len(files)} files; name one of them")
-        source = dataclasses.replace(source, license_join=str(files[0]))
+    if source.license_join:
+        join = resolve(Source(source.license_join))
+        if len(join.files) > 1:
+            raise UserError(f"license_join {source.license_join} has {len(join.files)} files; name one")
+        stated = dataclasses.replace(source, license_join=pinned(source.license_join, join.revision))
+        found = resolve(dataclasses.replace(source, license_join=None))
+        return dataclasses.replace(found, source=stated, join=join.files[0])
     if source.path.startswith("hf://"):
         return _download(source)
     if source.revision:
         raise UserError(f"{source.path}: has a revision, but is not on the hub (hf://...); remove revision")
     files = _files(source.path)
+    if not (files or glob.has_magic(source.path) or Path(source.path).is_dir()):
+        expected = "expected a file, a folder, a glob or hf://datasets/ORG/NAME"
+        raise UserError(f"{source.path} does not exist; {expected}; correct it")
     return Resolved(source, _rows(source, files, files), None)
 
 
@@ -126,10 +150,11 @@ def _split_of(name: str) -> str:
 
 def _download(source: Source) -> Resolved:
     found = HUB.fullmatch(source.path)
-    if not found or (found[3] and source.revision not in (None, found[3])):
+    inline = found and found[2] and unquote(found[2])
+    if not found or (inline and source.revision not in (None, inline)):
         what = f"but revision is {source.revision!r}" if found else "is no data set of the hub"
-        raise UserError(f"{source.path}: {what}; expected hf://datasets/ORG/NAME[/PATH-OR-GLOB][@REVISION]")
-    repo, inside, revision = found[1], (found[2] or "").strip("/"), source.revision or found[3]
+        raise UserError(f"{source.path}: {what}; expected hf://datasets/ORG/NAME[@REVISION][/PATH-OR-GLOB]")
+    repo, inside, revision = found[1], (found[3] or "").strip("/"), source.revision or inline
     lead = f"{inside}/" if inside and not glob.has_magic(inside) else inside
     of_split = [lead + pattern for pattern in _patterns(source.split)]
     patterns = [inside] if inside.endswith(tuple(READERS)) else of_split
@@ -147,7 +172,8 @@ def _download(source: Source) -> Resolved:
     return Resolved(source, _rows(source, files, there), Path(folder).name)
 
 
-HUB = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:/([^@]*))?(?:@(.+))?")
+# As huggingface_hub's HfFileSystem reads them: repository, revision, path.
+HUB = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@(refs/(?:convert|pr)/[^/]+|[^/]+))?(?:/([^@]*))?")
 ABOUT = re.compile(r"(^|/)([.]|__|(dataset_infos?|dataset_dict|config)\.json$)")  # hidden, or about the rows
 # Type of the hub's error -> what is wrong and what to do; the first that fits.
 UNREACHED = "the hub cannot be reached, and the cache lacks files of {repo} ({reason}); go online"

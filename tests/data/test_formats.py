@@ -14,7 +14,6 @@ from phoenix.data.formats import (
     PreferencePair,
     RowError,
     Text,
-    check_format,
     is_message,
     threads,
     to_row,
@@ -273,11 +272,6 @@ def test_a_named_format_is_the_only_one_tried():
         assert to_row(SAMPLES[name][0], ("x", 1), kind_of(name), name) == to_row(
             SAMPLES[name][0], ("x", 1), kind_of(name)
         )
-        check_format(name)
-    with pytest.raises(UserError, match=r"no format 'open-platypus'; did you mean 'open_platypus'\?"):
-        check_format("open-platypus")
-    with pytest.raises(UserError, match=r"'zzz'; expected one of oasst, .*text"):
-        check_format("zzz")
 
 
 def test_open_platypus_is_told_by_its_column_even_if_that_is_null():

@@ -5,12 +5,15 @@ import json
 import random
 import tomllib
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
-from phoenix.data.formats import FORMATS
+from phoenix.data.formats import FORMATS, stated_license
 from phoenix.data.licenses import (
+    CONDITIONS,
     FOLDER,
+    HUB_NAMES,
     PERMISSIVE,
     POLICIES,
     Licenses,
@@ -23,18 +26,20 @@ from phoenix.data.licenses import (
 from phoenix.data.sources import Source
 from phoenix.files import UserError
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.mark.parametrize(("name", "spdx"), [
     ("apache-2.0", "Apache-2.0"), ("Apache License, Version 2.0", "Apache-2.0"), ("MIT License", "MIT"),
     ("CC BY-NC-SA 4.0", "CC-BY-NC-SA-4.0"), ("cc_by_sa_3.0", "CC-BY-SA-3.0"), ("gpl-3.0", "GPL-3.0-only"),
     ("cc0-1.0", "CC0-1.0"), ("odc-by", "ODC-By-1.0"), ("unlicense", "Unlicense"),
-    ("dl-de/by-2-0", "DL-DE-BY-2.0"),
+    ("dl-de/by-2-0", "DL-DE-BY-2.0"), ("MIT_license", "MIT"), ("mit licence", "MIT"),
     ("mit or apache-2.0 AND cc-by-4.0", "MIT OR Apache-2.0 AND CC-BY-4.0"),
     ("LicenseRef-x AND mit", "LicenseRef-x AND MIT"),
     *((name, None) for name in (
         "", " ", "other", "unknown", "none", "cc", "cc-by", "license", "-", "MIT AND", "MIT OR other",
         "(MIT OR ISC) AND MIT", "LicenseRef-", "LicenseRef-a b", "mit\0", "['mit']", "MIT/Apache-2.0", "ⅯIT",
-        "GPL-3.0+",
+        "GPL-3.0+", "UN", "U.N.", "unlicensed", "MITlicense", "version",
     )),
 ])  # fmt: skip
 def test_a_licence_is_known_by_any_spelling_and_nothing_else_is(name, spdx):
@@ -51,7 +56,12 @@ def test_a_canonical_name_stays_and_passes_every_policy(name):
     (None, "none"),
     ("LicenseRef-Non-Commercial", "none stated"),
     ("LicenseRef-NonCommercial-v2", "none stated"),
-    ("LicenseRef-research-only", "none stated"),
+    *((f"LicenseRef-{name}", "none stated") for name in (
+        "research-only", "CCBYNC4.0", "CC-BY-NC4.0", "CC-BY-NCSA", "CCNC", "NCv1", "nc", "NC2.0",
+        "not-for-commercial-use", "no-commercial-use", "personal-use-only", "evaluation-only", "Educational",
+    )),
+    ("LicenseRef-OpenAI-terms", "none stated nc"),
+    ("LicenseRef-NCSA-like", "none stated nc"),
     ("CC-BY-NC-4.0", "none stated"),
     ("PolyForm-Noncommercial-1.0.0", "none stated"),
     ("LicenseRef-none-listed", "none stated nc"),
@@ -63,6 +73,30 @@ def test_a_canonical_name_stays_and_passes_every_policy(name):
 ])  # fmt: skip
 def test_policies(name, passes):
     assert [policy for policy in POLICIES if permits(name, policy)] == passes.split()
+
+
+# https://huggingface.co/docs/hub/repositories-licenses, less those of model weights
+HUB = """apache-2.0 mit afl-3.0 artistic-2.0 bsl-1.0 bsd-2-clause bsd-3-clause
+    bsd-3-clause-clear c-uda cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0
+    cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0
+    cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0
+    epl-2.0 etalab-2.0 eupl-1.1 agpl-3.0 gfdl gpl-2.0 gpl-3.0 lgpl-2.1 lgpl-3.0 isc ms-pl mpl-2.0 odc-by odbl
+    postgresql ofl-1.1 ncsa unlicense zlib pddl""".split()
+
+
+def test_the_table_of_names():
+    assert set(HUB_NAMES.values()) == set(HUB)
+    unknown = {"c-uda", "gfdl"}  # families whose version a row has to state
+    assert all(canonical(name) in HUB_NAMES for name in {*HUB} - unknown)
+    assert set().union(*CONDITIONS.values()) == {"by", "sa", "nc", "nd", "own", "-"}
+    for name, asks in CONDITIONS.items():
+        assert ("nc" in asks) == (not permits(name, "nc")), name
+        if name.startswith("CC-BY"):
+            assert set(asks) == {part.lower() for part in name.split("-") if part in ("BY", "SA", "NC", "ND")}
+    for (
+        name
+    ) in "EUPL-1.2 MPL-2.0 EPL-2.0 GPL-3.0-only AGPL-3.0-only ODbL-1.0 OFL-1.1 CDLA-Sharing-1.0".split():
+        assert CONDITIONS[name] == ["by", "sa"]
 
 
 def test_two_licences_hold_together():
@@ -152,8 +186,9 @@ def test_where_a_licence_comes_from_and_what_stands_before_what():
         assert of({"license": "mit"}, row, unknown) is None
     assert of({}, platypus) == "CC-BY-4.0"
     assert of({}, {"instruction": "a", "output": "b"}) is None
-    assert of({"license": "mit"}, platypus) == "MIT"
-    assert of({"license": "mit", "format": "open_platypus"}, platypus) == "CC-BY-4.0"
+    # one licence for all does not stand in for that of each origin
+    assert of({"license": "mit"}, platypus) == "CC-BY-4.0"
+    assert of({"license": "mit"}, {**platypus, "data_source": None}) is None
     for source in ({"format": "open_platypus"}, {"license_table": "open_platypus"}):
         for lost in ({**platypus, "data_source": None}, {**platypus, "data_source": "new"}, {"output": "b"}):
             assert of({"license": "mit", **source}, lost) is None
@@ -162,6 +197,25 @@ def test_where_a_licence_comes_from_and_what_stands_before_what():
         of({}, platypus, "cc-by-nc-4.0") == "CC-BY-4.0 AND CC-BY-NC-4.0" and of({}, platypus, "other") is None
     )
     assert FORMATS["open_platypus"][1] == set(platypus)
+
+
+@pytest.mark.parametrize(("row", "stated"), [
+    ({}, None), ({"license": None}, None), ({"license": ""}, None), ({"license": [None, ""]}, None),
+    ({"license": "MIT"}, "MIT"), ({"License": "MIT"}, "MIT"), ({"licence": "MIT", "license": ""}, "MIT"),
+    ({"license": "MIT", "licence": "CC-BY-NC-4.0"}, "MIT AND CC-BY-NC-4.0"),
+    ({"license": "MIT", "LICENSE": "MIT"}, "MIT"),
+    ({"license": ["MIT", "CC-BY-4.0"]}, "MIT AND CC-BY-4.0"), ({"license": ["MIT"]}, "MIT"),
+    ({"license": "MIT or ISC"}, "MIT OR ISC"),
+    # of another type, or what needs brackets: known to nobody
+    *(({"license": value}, None) for value in ([], {}, False, 0, 7, {"MIT": 1}, [["MIT"]], ["MIT", 1])),
+    ({"license": ["MIT OR LicenseRef-x", "CC-BY-NC-4.0"]}, None),
+    ({"license": "other", "licence": "MIT"}, None),
+])  # fmt: skip
+def test_what_a_row_states_itself(row, stated):
+    found = stated_license(row)
+    nothing = all(value in (None, "", [None, ""]) for value in row.values())
+    assert (found is None) == nothing and (nothing or canonical(found) == (stated and canonical(stated)))
+    assert of({"license": "CC0-1.0"}, row, found) == ("CC0-1.0" if nothing else stated and canonical(stated))
 
 
 def test_the_terms_of_the_generator_are_judged_too():
@@ -176,6 +230,17 @@ def test_the_terms_of_the_generator_are_judged_too():
     assert dropped("none", generator_license="cc-by-nc-4.0") is None
 
 
+def test_the_terms_of_the_generator_are_part_of_a_rows_licence():
+    terms, platypus = (
+        {"generator_license": "LicenseRef-x"},
+        {"instruction": "", "output": "", "data_source": "ARB"},
+    )
+    assert of({"license": "mit", **terms}, {}) == "LicenseRef-x AND MIT"
+    assert of({"license": "mit", **terms}, {}, "cc0-1.0") == "CC0-1.0 AND LicenseRef-x"
+    assert of({"license": "mit", **terms}, {}, "LicenseRef-x AND MIT") == "LicenseRef-x AND MIT"
+    assert of(terms, platypus) == "CC-BY-4.0 AND LicenseRef-x" and of(terms, {}) is None
+
+
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return str(path)
@@ -187,6 +252,9 @@ def test_a_join_gives_a_translated_row_the_licence_of_its_original(tmp_path):
         {"instruction": "Cafe\u0301?", "input": "", "output": "Yes.", "data_source": "ARB"},
         {"instruction": "Choose.", "input": "A or B", "output": "A", "data_source": "reclor"},
         {"instruction": "Choose.", "input": "C or D", "output": "C", "data_source": "guanaco"},
+        {"instruction": "Own", "output": "1", "data_source": "ARB", "license": "cc-by-nc-4.0"},
+        {"instruction": "Odd", "output": "1", "data_source": "ARB", "license": []},
+        {"instruction": " ", "output": "1", "data_source": "ARB"},
         {"instruction": "Twice", "output": "1", "data_source": "guanaco"},
         {"instruction": "Twice", "output": "2", "data_source": "ARB"},
         {"instruction": "Lost", "output": "1", "data_source": "guanaco"},
@@ -197,11 +265,12 @@ def test_a_join_gives_a_translated_row_the_licence_of_its_original(tmp_path):
         ({"instruction": "solve 3X\n= 12. ", "instruction_de": "Löse 3x = 12."}, "MIT"),
         ({"instruction": "Löse", "instruction_en": "Solve 3x = 12."}, "MIT"),
         ({"instruction": "CAFÉ?"}, "CC-BY-4.0"),
-        ({"instruction": "Choose. A or B"}, "LicenseRef-Non-Commercial"),
-        ({"instruction": "Choose.", "input": "A or B"}, "LicenseRef-Non-Commercial"),
-        ({"instruction": "Choose.", "input": "C or  D"}, "Apache-2.0"),
-        ({"instruction": "Choose.", "input": "E or F"}, "Apache-2.0 AND LicenseRef-Non-Commercial"),
+        ({"instruction": "Choose.", "input": "C or D"}, "Apache-2.0 AND LicenseRef-Non-Commercial"),
         ({"instruction": "Choose."}, "Apache-2.0 AND LicenseRef-Non-Commercial"),
+        ({"instruction": "Own"}, "CC-BY-4.0 AND CC-BY-NC-4.0"),
+        ({"instruction": "Odd"}, None),
+        ({"instruction": ""}, None),
+        ({"instruction": "  "}, None),
         ({"instruction": "Twice"}, "Apache-2.0 AND CC-BY-4.0"),
         ({"instruction": "Lost"}, None),
         ({"instruction": "Löse 3x = 12.", "data_source": "ARB"}, None),
@@ -210,6 +279,10 @@ def test_a_join_gives_a_translated_row_the_licence_of_its_original(tmp_path):
     ]:
         assert of(source, {"output_de": "...", **row}) == license, row
     assert of(source, {"instruction": "CAFÉ?"}, "mit") == "CC-BY-4.0 AND MIT"
+    joined = Licenses(Source("a", license_join="elsewhere"), "nc", Path(join))
+    assert joined.origin({"instruction": "twice"}) == "ARB + guanaco"
+    assert joined.origin({"instruction": "lost"}) == "None + guanaco"
+    assert joined.origin({"instruction": "new"}) == joined.origin({}) == ""
 
 
 def test_open_schnabeltier_is_filtered_by_a_join_to_open_platypus(tmp_path):
@@ -226,9 +299,9 @@ TABLE = 'field = "from"\n[licenses]\nwiki = "CC-BY-SA-4.0"\n'
 
 def test_a_table_of_ones_own(tmp_path):
     path = tmp_path / "mine.toml"
-    path.write_text(TABLE + '"Größe" = "LicenseRef-x"\n[aliases]\nWikipedia = "wiki"\n', encoding="utf-8")
+    path.write_text(TABLE + '"Größe" = "LicenseRef-x"\n', encoding="utf-8")
     source = {"license_table": str(path)}
-    assert of(source, {"from": "WIKIPEDIA"}) == "CC-BY-SA-4.0"
+    assert of(source, {"from": "WIKI"}) == "CC-BY-SA-4.0"
     for value in ("Gro\u0308ße", "GR\u00d6SSE", " größe."):
         assert of(source, {"from": value}) == "LicenseRef-x"
     assert of(source, {"from": "Grösse mit"}) is of(source, {"licenses": "wiki"}) is None
@@ -239,7 +312,6 @@ def test_a_table_of_ones_own(tmp_path):
     ('[licenses]\nwiki = "mit"\n', ["'field'"]),
     ("field = 3\n[licenses]\n", ["AttributeError"]),
     ('field = "from"\nlicenses = "mit"\n', ["[licenses]"]),
-    (TABLE + '[aliases]\nw = "wick"\n', ["'wick'"]),
     (TABLE + 'a = "mti"\n', ["'a'", "'mti'", "did you mean 'MIT'?"]),
     (TABLE + 'a = "other"\n', ["'a'", "'other'", "LicenseRef-"]),
     (TABLE + "a = 3\n", ["AttributeError"]),
@@ -258,7 +330,6 @@ def test_a_table_in_disorder_is_one_sentence(tmp_path, text, words):
 def test_mistakes_in_the_config_are_one_sentence(tmp_path):
     join = write(tmp_path / "rows.jsonl", [{"instruction": "a", "output": "b"}])
     for source, policy, words in [
-        ({}, "ncs", ["license_policy is 'ncs'", "none, stated, nc, strict"]),
         ({"license": "apach-2.0"}, "nc", ["a: license is 'apach-2.0'", "did you mean 'Apache-2.0'?"]),
         ({"license": ""}, "nc", ["a: license is ''", "LicenseRef-"]),
         ({"license": "other"}, "none", ["license is 'other'"]),
@@ -274,12 +345,12 @@ def test_mistakes_in_the_config_are_one_sentence(tmp_path):
 
 def test_a_source_without_any_licence_is_told_what_to_state():
     said = unlicensed_sentence(Source("rows.jsonl"), "nc")
-    assert all(word in said for word in ("rows.jsonl", "license_policy=nc", "license_table (open_platypus)"))
+    assert all(word in said for word in ("rows.jsonl", "license_policy=nc", "license_table"))
     assert "license_join" in unlicensed_sentence(Source("rows.jsonl", license_join="b"), "nc")
 
 
 def test_the_sources_of_the_paper_state_what_is_asked_of_them():
-    config = tomllib.loads((FOLDER.parent / "configs" / "paper_data.toml").read_text())
+    config = tomllib.loads((ROOT / "recipes" / "configs" / "paper_data.toml").read_text())
     assert config["license_policy"] == "nc" and len(config["sources"]) == 6
     passes = {"nc": set(), "strict": set()}
     for table in config["sources"]:
@@ -287,9 +358,9 @@ def test_the_sources_of_the_paper_state_what_is_asked_of_them():
         assert source.attribution and source.url and source.language == "de"
         assert bool(source.license) != bool(source.license_join), source.label
         for policy, names in passes.items():
-            licenses = Licenses(dataclasses.replace(source, license_join=None), policy)
-            license = licenses.of({}, None) or "MIT"  # of a row that the join finds
-            names |= {source.label} if licenses.why_dropped(license) is None else set()
+            found = source.license or "MIT"  # of a row that the join finds
+            licenses = Licenses(dataclasses.replace(source, license_join=None, license=found), policy)
+            names |= {source.label} if licenses.why_dropped(licenses.of({}, None)) is None else set()
     assert passes == {
         "nc": {Source(**table).label for table in config["sources"]},
         "strict": {"Dolly-15k-German"},

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from phoenix.data.reading import READERS
-from phoenix.data.sources import Source, resolve
+from phoenix.data.sources import Source, named, pinned, resolve
 from phoenix.files import UserError
 
 ULTRACHAT = [
@@ -66,13 +66,15 @@ def test_a_split_is_the_files_whose_name_holds_it_whole(folder, split, expected)
 def test_mistakes_are_one_sentence(folder):
     folder, _ = folder
     for source, words in [
-        (Source(f"{folder}/nothing"), ["no file of rows", "there are none"]),
+        (Source(f"{folder}/nothing"), ["nothing does not exist", "hf://datasets/ORG/NAME"]),
+        (Source("https://huggingface.co/datasets/org/set"), ["does not exist", "hf://datasets/ORG/NAME"]),
         (Source(f"{folder}/*.txt"), ["no file of rows", *READERS]),
         (Source(f"{folder}/load.py"), ["load.py", *READERS]),
         (Source(f"{folder}", split="dev"), ["split 'dev'", "strain, test_sft, train, train_gen, train_sft"]),
         (Source(f"{folder}/train.jsonl", revision="main"), ["not on the hub"]),
         (Source("hf://datasets/alone"), ["hf://datasets/ORG/NAME"]),
         (Source("hf://datasets/org/set@v1", revision="v2"), ["revision is 'v2'"]),
+        (Source("hf://datasets/org/set/rows.jsonl@v1"), ["no data set of the hub", "NAME[@REVISION][/PATH"]),
     ]:
         with pytest.raises(UserError) as error:
             resolve(source)
@@ -81,8 +83,29 @@ def test_mistakes_are_one_sentence(folder):
 
 
 def test_the_label_is_the_last_part_of_the_path():
-    assert Source("hf://datasets/org/set@refs/convert/parquet").label == "set"
-    assert Source("rows/a.jsonl").label == "a.jsonl" and Source("rows", name="mine").label == "mine"
+    for path, label in [
+        ("hf://datasets/org/set@refs/convert/parquet", "set"), ("hf://datasets/org/set/", "set"),
+        ("hf://datasets/org/set@v1/more/rows.jsonl", "rows.jsonl"), ("rows/a.jsonl", "a.jsonl"),
+        ("data@home/rows.jsonl", "rows.jsonl"), ("@mine/rows.jsonl", "rows.jsonl"),
+        ("/x/rows@v2.jsonl", "rows@v2.jsonl"), (".", "."),
+    ]:  # fmt: skip
+        assert Source(path).label == label
+    assert Source("rows", name="mine").label == "mine"
+
+
+def test_names_differ():
+    sources = [Source(path) for path in ("a/x.jsonl", "b/x.jsonl (2)", "b/x.jsonl", "c/x.jsonl", "y")]
+    found = named(sources)
+    assert [source.label for source in found] == ["x.jsonl", "x.jsonl (2)", "x.jsonl (3)", "x.jsonl (4)", "y"]
+    assert [source.path for source in found] == [source.path for source in sources] and named(found) == found
+
+
+def test_a_set_of_the_hub_is_pinned_to_its_commit():
+    for path in ("hf://datasets/org/set", "hf://datasets/org/set@main"):
+        assert pinned(path, "0ff1ce") == "hf://datasets/org/set@0ff1ce"
+        assert pinned(f"{path}/a/b*.jsonl", "0ff1ce") == "hf://datasets/org/set@0ff1ce/a/b*.jsonl"
+        assert pinned(path, None) == path
+    assert pinned("a@b/rows.jsonl", None) == "a@b/rows.jsonl"
 
 
 COMMIT = hashlib.sha1(b"first").hexdigest()
@@ -95,7 +118,7 @@ HUB_FILES = {
 
 
 class Hub(BaseHTTPRequestHandler):
-    """org/set at COMMIT (main, v1); org/gated; whatever else does not exist; org/broken fails."""
+    """org/set at COMMIT (main, v1, refs/pr/1); org/gated; org/broken fails; whatever else does not exist."""
 
     def answer(self, status, body=b"", **headers):
         self.send_response(status)
@@ -115,8 +138,8 @@ class Hub(BaseHTTPRequestHandler):
         if repo != "org/set":
             code = "GatedRepo" if repo == "org/gated" else "RepoNotFound"
             return self.answer(403 if repo == "org/gated" else 404, X_Error_Code=code, X_Error_Message="no")
-        verb, revision, name = rest[0], rest[1], "/".join(rest[2:])
-        if revision not in ("main", "v1", COMMIT):
+        verb, revision, name = rest[0], rest[1].replace("%2F", "/"), "/".join(rest[2:])
+        if revision not in ("main", "v1", "refs/pr/1", COMMIT):
             return self.answer(404, X_Error_Code="RevisionNotFound", X_Error_Message="no revision")
         if kind == "api/":
             digests = {name: hashlib.sha1(data).hexdigest() for name, data in HUB_FILES.items()}
@@ -148,7 +171,8 @@ def hub(tmp_path):
         "import json, sys\nfrom phoenix.data.sources import *\n"
         "try:\n  found = resolve(Source(**json.loads(sys.argv[1])))\n"
         "except UserError as error:\n  print(json.dumps(str(error)))\n"
-        "else:\n  print(json.dumps([list(map(str, found.files)), found.revision, found.source.license_join]))"
+        "else:\n  more = found.revision, str(found.join), found.source.license_join\n"
+        "  print(json.dumps([list(map(str, found.files)), *more]))"
     )
 
     def ask(offline=False, **fields):
@@ -176,37 +200,40 @@ def in_repo(paths):
 
 
 def test_a_split_of_a_hub_set_is_fetched_once_at_a_commit_and_found_offline(hub):
-    files, revision, _ = hub(path="hf://datasets/org/set", split="train_sft")
+    files, revision, *_ = hub(path="hf://datasets/org/set", split="train_sft")
     assert in_repo(files) == ULTRACHAT[:2] and revision == COMMIT
     assert [Path(file).read_bytes() for file in files] == [HUB_FILES[name] for name in ULTRACHAT[:2]]
     fetched = [line for line in hub.server.asked if line.startswith("GET /datasets")]
     assert len(fetched) == 2 and all("train_sft" in line for line in fetched)
 
     hub.server.asked.clear()
-    assert hub(path="hf://datasets/org/set", split="train_sft", offline=True) == [files, revision, None]
+    assert hub(path="hf://datasets/org/set", split="train_sft", offline=True)[:2] == [files, revision]
     assert not hub.server.asked
     said = hub(path="hf://datasets/org/set", split="test_sft", offline=True)
     assert "org/set" in said and "cache" in said  # not only what happens to lie there
 
 
 @pytest.mark.parametrize(("path", "fields", "expected"), [
-    ("hf://datasets/org/set/more/rows.jsonl@v1", {}, ["more/rows.jsonl"]),
+    ("hf://datasets/org/set@v1/more/rows.jsonl", {}, ["more/rows.jsonl"]),
+    ("hf://datasets/org/set@refs%2Fpr%2F1/more/rows.jsonl", {}, ["more/rows.jsonl"]),
+    ("hf://datasets/org/set@refs/pr/1/more/rows.jsonl", {}, ["more/rows.jsonl"]),
     ("hf://datasets/org/set/more", {}, ["more/[x].jsonl", "more/rows.jsonl"]),
     ("hf://datasets/org/set/data/t*_sft*", {"revision": "v1"}, [*ULTRACHAT[4:], *ULTRACHAT[:2]]),
     (f"hf://datasets/org/set@{COMMIT}", {}, [*sorted(ULTRACHAT), "more/[x].jsonl", "more/rows.jsonl",
                                                       "moreover.jsonl"]),
 ])  # fmt: skip
 def test_files_folders_and_globs_of_the_hub_without_its_scripts(hub, path, fields, expected):
-    files, revision, _ = hub(path=path, **fields)
+    files, revision, *_ = hub(path=path, **fields)
     assert in_repo(files) == expected and revision == COMMIT
     assert not [line for line in hub.server.asked if "load.py" in line]
 
 
 def test_a_join_on_the_hub_becomes_a_local_file(hub, tmp_path):
     (tmp_path / "rows.jsonl").write_text("{}")
-    join = "hf://datasets/org/set/more/rows.jsonl"
-    _, _, local = hub(path=str(tmp_path / "rows.jsonl"), license_join=join)
-    assert in_repo([local]) == ["more/rows.jsonl"]
+    join = "hf://datasets/org/set@v1/more/rows.jsonl"
+    files, _, local, stated = hub(path=str(tmp_path / "rows.jsonl"), license_join=join)
+    assert in_repo([local]) == ["more/rows.jsonl"] and files == [str(tmp_path / "rows.jsonl")]
+    assert stated == f"hf://datasets/org/set@{COMMIT}/more/rows.jsonl"
     said = hub(path=str(tmp_path / "rows.jsonl"), license_join="hf://datasets/org/set/data")
     assert "license_join hf://datasets/org/set/data has 6 files" in said
 

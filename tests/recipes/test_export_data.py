@@ -114,6 +114,52 @@ def test_the_rows_are_those_of_the_store(prepared, mixed, tmp_path, bpe_tokenize
         assert len(read(folder / entry["path"])) == entry["rows"]
 
 
+def test_the_terms_of_a_generator_travel_with_the_rows(prepared, tmp_path):
+    """Prepared again from an export, a stricter policy drops what it had dropped at first."""
+    for name in ("human", "model"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "rows.jsonl", [{"messages": say(f"{name}, {i}?", "Ja.")} for i in range(3)])
+    terms = {"generator": "gpt-4", "generator_license": "LicenseRef-OpenAI-terms"}
+    sources = [
+        Source(str(tmp_path / "human" / "rows.jsonl"), license="CC-BY-4.0", attribution="Alice"),
+        Source(str(tmp_path / "model" / "rows.jsonl"), license="MIT", attribution="Bob", **terms),
+    ]
+    both, stores = "LicenseRef-OpenAI-terms AND MIT", {}
+    for policy in ("nc", "strict"):
+        folder = prepared(*sources, license_policy=policy, output=tmp_path / policy)
+        stores[policy] = documents(folder, "train")[0]
+    folder = export_data.main(ExportConfig(tmp_path / "export", store=tmp_path / "nc"))
+    rows = read(folder / "data" / "train.jsonl")
+    assert Counter((row["source"], row["license"]) for row in rows) == {
+        ("rows.jsonl", "CC-BY-4.0"): 3, ("rows.jsonl (2)", both): 3,
+    }  # fmt: skip
+    for card in (tmp_path / "nc" / "README.md", folder / "README.md"):
+        text = card.read_text(encoding="utf-8")
+        assert "license_name: cc-by-4.0-and-licenseref-openai-terms-and-mit" in text
+        assert "Alice" in text and "Bob" in text and f"| {both} | rows.jsonl (2) | 3 |" in text
+    again = prepared(Source(str(folder / "data" / "train.jsonl")), license_policy="strict")
+    assert documents(again, "train")[0] == stores["strict"] != stores["nc"]
+
+
+def test_no_folder_of_the_machine_is_in_card_or_export(prepared, tmp_path):
+    asked = {"instruction": "Why?", "output": "So.", "data_source": "ARB"}
+    join, table = write(tmp_path / "join.jsonl", [asked]), tmp_path / "table.toml"
+    table.write_text('field = "data_source"\n[licenses]\nARB = "MIT"\n')
+    german = {**asked, "instruction_de": "Warum?", "output_de": "Darum."}
+    sources = [
+        Source(str(write(tmp_path / "a.jsonl", [german])), license_join=str(join), license_table=str(table)),
+        Source(f"{write(tmp_path / 'b.jsonl', [asked])}*"),
+        Source(f"/{write(tmp_path / 'c.jsonl', [{'text': 'Hallo'}])}", license="MIT"),
+    ]
+    config = {"license_policy": "stated", "eval_input": (write(tmp_path / "d.jsonl", [{"text": "Du"}]),)}
+    eval_file = write(tmp_path / "e.jsonl", [{"question": "Wie viele Brücken führen über den Rhein?"}])
+    config |= {"filters": ("contaminated",), "eval_files": (eval_file,), "license": "MIT"}
+    store = prepared(*sources, **config)
+    folder = export_data.main(ExportConfig(tmp_path / "export", store=store))
+    for path in [store / "README.md", *(path for path in folder.rglob("*") if path.is_file())]:
+        assert str(tmp_path) not in path.read_text(encoding="utf-8"), path
+
+
 def test_a_prompt_that_was_cut_is_whole(prepared, tmp_path):
     prompt = say("Erste Frage?", "Erste Antwort.", "Zweite Frage?")
     row = {"prompt": prompt, "chosen": say("", "Ja.")[1:], "rejected": say("", "Nein.")[1:]}

@@ -167,8 +167,8 @@ def forbidden(c, schema):
 
 
 def of_a_test_set(c, schema):
-    if schema is platypus:
-        c.subset = "TheoremQA"
+    if schema in (platypus, schnabeltier):
+        c.subset = "TheoremQA"  # of schnabeltier in the file that is joined
     else:
         c.more["category"] = "theorem_qa"
 
@@ -368,8 +368,11 @@ def test_every_row_of_a_mixture_is_where_it_belongs(kind, files, tmp_path, token
         found[name, line] += 1
         whole = "".join(tokenizer.decode(store.document(index + i)[0].tolist()) for i in range(config.pieces))
         assert made.question in whole and made.answer in whole and (kind != "pairs" or made.worse in whole)
-        subset = "" if name == "schnabeltier" else made.subset or ""
-        assert store.provenance(index) == {"source": name, "subset": subset, "license": made.license}
+        assert store.provenance(index) == {
+            "source": name,
+            "subset": made.subset or "",
+            "license": made.license,
+        }
         assert made.license
     assert found == {(n, i): count for n in names for i, count in enumerate(copies[n]) if count}
     assert store.manifest["splits"]["train"]["rows"] == sum(map(sum, copies.values()))
@@ -399,6 +402,7 @@ def run(tmp_path, tokenizer_folder, monkeypatch, capsys):
 ROWS = '[[sources]]\npath = "HERE/rows.jsonl"\n'
 MISTAKES = {
     "no licence": (ROWS, ["rows.jsonl: no row has a known licence", "license_policy=stated"]),
+    "no table": (ROWS + 'license_table = "HERE/none.toml"', ["there is no", "none.toml", "open_platypus"]),
     "policy": ('license_policy = "strikt"\n' + ROWS, ["'strikt'", "did you mean 'strict'?"]),
     "filter": ('filters = ["emty"]\n' + ROWS, ["'emty'", "did you mean 'empty'?"]),
     "schema": (ROWS + 'format = "mesages"', ["'mesages'", "did you mean 'messages'?"]),
@@ -434,6 +438,16 @@ MISTAKES = {
     "no test files": ('filters = ["contaminated"]\n' + ROWS, ["contaminated", "eval_files"]),
     "no such filter on": ('eval_files = ["HERE/rows.jsonl"]\n' + ROWS, ["contaminated", "eval_files"]),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ['license_policy = "none"\n' + ROWS, 'input = ["HERE/rows.jsonl"]\n'])
+def test_without_a_policy_no_licence_is_asked(run, tmp_path, text):
+    """If it is none, sources or not; if it is not stated, for files of one's own."""
+    write(tmp_path / "rows.jsonl", [{"messages": turns("Frage?", "Ja.")}])
+    assert run(text) == (0, "")
+    manifest = TokenStore.open(tmp_path / "store").manifest
+    assert manifest["config"]["license_policy"] == "none"
+    assert [row["license"] for row in manifest["provenance"]] == ["not stated"]
 
 
 @pytest.mark.parametrize("name", MISTAKES)
