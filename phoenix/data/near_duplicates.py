@@ -7,6 +7,7 @@ at 0.8.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -46,29 +47,49 @@ def near_duplicates(signatures: np.ndarray, candidates: np.ndarray, threshold: f
 
     A pair counts from an estimate of half a standard deviation below the threshold on, so that 98 % of the
     pairs of 0.85 are found at 0.8.  In a group of more than 16 unlike rows that share a band a pair may stay.
-    Memory: below 60 bytes a row beside the map.
+    Memory: below 60 bytes a row beside the map, candidates counted, however many share a band.
     """
     width = max((w for w in range(1, NUM_PERM + 1) if _chance(threshold, w) >= FOUND), default=1)
     least = threshold - 0.5 * (threshold * (1 - threshold) / NUM_PERM) ** 0.5
-    found = np.full(len(candidates), -1, np.int64)  # places in candidates
-    for start in range(0, NUM_PERM - width + 1, width):
-        place = np.flatnonzero(found < 0)
-        keys = _band_keys(signatures, candidates[place], slice(start, start + width))
-        order = np.argsort(keys, kind="stable")  # rows of one key stay in their order
-        keys, place = keys[order], place[order]
-        for _ in range(LEADERS):
-            first = np.append(True, keys[1:] != keys[:-1])[: len(keys)]
-            leader = place[first][np.cumsum(first) - 1]
-            keys, place, leader = keys[~first], place[~first], leader[~first]
-            alike = _estimates(signatures, candidates[place], candidates[leader]) >= least
-            found[place[alike]] = leader[alike]
-            keys, place = keys[~alike], place[~alike]
-    # A row whose partner has been dropped for a third one stays, unless it is like that one, too.
-    for place in np.flatnonzero((found >= 0) & (found[found] >= 0)):
-        if (third := found[found[place]]) >= 0:
-            pair = candidates[[place]], candidates[[third]]
-            found[place] = third if _estimates(signatures, *pair)[0] >= least else -1
-    return np.where(found < 0, -1, candidates[found]) if len(found) else found
+    row = lambda place, entries=slice(None): signatures[candidates[place], entries]  # noqa: E731
+    alike = _in_blocks(lambda place, other: (row(place) == row(other)).mean(1) >= least)
+    found = np.full(len(candidates), -1, np.int32)  # places in candidates
+    freed = len(found) > 0
+    while freed:
+        for start in range(0, NUM_PERM - width + 1, width):
+            key = _in_blocks(lambda place: _keys(row(place, slice(start, start + width)), start))  # noqa: B023
+            _match(found, key, alike)
+        # A row whose partner has been dropped for a third one is dropped only if it is like that one, too;
+        # if not, it is compared with all that are left once more.
+        freed = False
+        for place in np.flatnonzero((found >= 0) & (found[found] >= 0)):
+            if (third := found[found[place]]) >= 0:
+                found[place] = third if alike(*np.array([[place], [third]]))[0] else -1
+                freed |= found[place] < 0
+    return np.where(found < 0, -1, candidates[found]) if len(found) else found.astype(np.int64)
+
+
+def _match(found: np.ndarray, key: Callable, alike: Callable) -> None:
+    """Fill in `found` of the places that resemble an earlier one of the same key."""
+    place = np.flatnonzero(found < 0).astype(np.int32)
+    keys = key(place)
+    order = np.argsort(keys, kind="stable")  # rows of one key stay in their order
+    keys, place = keys[order], place[order]
+    del order
+    for _ in range(LEADERS):
+        first = np.append(True, keys[1:] != keys[:-1])[: len(keys)]
+        leader = place[first].repeat(np.diff(np.flatnonzero(first), append=len(keys)) - 1)
+        keys, place = keys[~first], place[~first]
+        same = alike(place, leader)
+        found[place[same]] = leader[same]
+        keys, place = keys[~same], place[~same]
+
+
+def _in_blocks(compute: Callable) -> Callable:
+    """The function of arrays of one length, called with BLOCK entries at once, since it reads signatures."""
+    return lambda *arrays: np.concatenate(
+        [compute(*(a[i : i + BLOCK] for a in arrays)) for i in range(0, len(arrays[0]) or 1, BLOCK)]
+    )
 
 
 def _chance(similarity: float, width: int) -> float:
@@ -76,24 +97,10 @@ def _chance(similarity: float, width: int) -> float:
     return 1 - (1 - similarity**width) ** (NUM_PERM // width)
 
 
-def _band_keys(signatures: np.ndarray, rows: np.ndarray, band: slice) -> np.ndarray:
-    """[rows] uint64: equal where all entries of the band are."""
-    keys = np.empty(len(rows), np.uint64)
-    factors = np.random.RandomState(band.start).randint(0, 2**63, band.stop - band.start, np.uint64)
-    for start in range(0, len(rows), BLOCK):
-        part = slice(start, start + BLOCK)
-        values = signatures[rows[part], band].astype(np.uint64)
-        keys[part] = (values * (2 * factors + 1)).sum(1)
-    return keys
-
-
-def _estimates(signatures: np.ndarray, rows: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """[rows] estimated Jaccard similarity of each row to the other one."""
-    result = np.empty(len(rows))
-    for start in range(0, len(rows), BLOCK):
-        part = slice(start, start + BLOCK)
-        result[part] = (signatures[rows[part]] == signatures[others[part]]).mean(1)
-    return result
+def _keys(entries: np.ndarray, seed: int) -> np.ndarray:
+    """[rows, n] -> [rows] uint64: equal where all entries of two rows are."""
+    factors = np.random.RandomState(seed).randint(0, 2**63, entries.shape[1], np.uint64)
+    return (entries.astype(np.uint64) * (2 * factors + 1)).sum(1)
 
 
 @functools.cache
