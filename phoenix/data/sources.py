@@ -176,7 +176,7 @@ def _download(source: Source) -> Resolved:
 HUB = re.compile(r"hf://datasets/([^/@]+/[^/@]+)(?:@(refs/(?:convert|pr)/[^/]+|[^/]+))?(?:/([^@]*))?")
 ABOUT = re.compile(r"(^|/)([.]|__|(dataset_infos?|dataset_dict|config)\.json$)")  # hidden, or about the rows
 # Type of the hub's error -> what is wrong and what to do; the first that fits.
-UNREACHED = "the hub cannot be reached, and the cache lacks files of {repo}; go online"
+UNREACHED = "the hub cannot be reached, and the cache lacks files of {repo} ({reason}); go online"
 HUB_ERRORS = {
     "GatedRepoError": "{repo} is gated; accept its terms on its page and set HF_TOKEN",
     "RepositoryNotFoundError": "{repo} does not exist on the hub, or is private; correct it or set HF_TOKEN",
