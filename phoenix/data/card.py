@@ -92,7 +92,7 @@ def summary(manifest: dict[str, Any]) -> str:
     splits = [(name, *map(entry.get, SPLIT)) for name, entry in manifest["splits"].items()]
     lines = [header, *files, ("",), ("split", *SPLIT), *splits]
     width = max(len(line[0]) for line in lines)
-    rows = (f"{name:{width}}" + "".join(f"{x or 0:>14}" for x in values) for name, *values in lines)
+    rows = (f"{name:{width}}" + "".join(f"  {x or 0:>14}" for x in values) for name, *values in lines)
     cut = sum(entry.get("prompts_cut", 0) for entry in manifest["inputs"])
     limit = manifest["config"]["max_prompt_length"]
     said = f"\n\n{cut} prompts were cut to {limit} tokens" if cut else ""

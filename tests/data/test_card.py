@@ -159,6 +159,14 @@ def test_each_reason_has_its_meaning():
     assert list(card.MEANINGS) == list(parts.REASONS)
 
 
+def test_the_table_of_the_terminal_keeps_columns_apart(manifest):
+    manifest["config"]["max_prompt_length"] = None
+    manifest["inputs"][0]["dropped"] = {"duplicate": 2, "near_duplicate": 1234567}
+    header, first, *_ = card.summary(manifest).splitlines()
+    assert header.split() == "input rows in duplicate near_duplicate cap rows out repeated".split()
+    assert first.split() == ["/cache/b/1", "1000", "2", "1234567", "0", "897", "103"]
+
+
 def test_the_report_shows_counts_and_rows_of_each_filter(manifest, tmp_path):
     shown = {"kept": [("a, line 1", "train × 1", "Hallo"), ("a, line 2", "train × 2", "Welt")]}
     shown["empty"] = [("a, line 9", "turn 2", "<script>x</script>")]

@@ -1,5 +1,6 @@
 """Which rows a policy lets pass; the Open-Platypus counts are those that its card publishes."""
 
+import configparser
 import dataclasses
 import json
 import random
@@ -97,6 +98,16 @@ def test_the_table_of_names():
         name
     ) in "EUPL-1.2 MPL-2.0 EPL-2.0 GPL-3.0-only AGPL-3.0-only ODbL-1.0 OFL-1.1 CDLA-Sharing-1.0".split():
         assert CONDITIONS[name] == ["by", "sa"]
+
+
+def test_an_installed_package_has_its_tables():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    assert config["options"]["packages"] == "find_namespace:"  # phoenix.data has no __init__.py
+    patterns = [pattern.strip() for pattern in config["options.package_data"]["phoenix.data"].split(",")]
+    shipped = {path for pattern in patterns for path in FOLDER.parent.glob(pattern)}
+    there = {path for ending in ("toml", "txt") for path in (ROOT / "phoenix").rglob(f"*.{ending}")}
+    assert shipped == there >= {FOLDER / "open_platypus.toml", FOLDER.parent / "spdx.txt"}
 
 
 def test_two_licences_hold_together():
