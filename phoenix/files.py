@@ -5,6 +5,7 @@ A folder is complete when its manifest exists, and the manifest is written last.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import importlib
 import json
@@ -106,6 +107,23 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise _cannot_write(path, error) from error
         raise
+
+
+def lock(path: Path, taken: str) -> int:
+    """A file handle that holds `path` against other processes while it is open; a kill releases it.
+
+    Raises UserError: `taken` if another process holds it; if it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.stat(path)  # not that of a run that ended between the two lines, with its folder
+        return handle
+    except (BlockingIOError, FileNotFoundError):
+        raise UserError(taken) from None
+    except OSError as error:
+        raise UserError(f"cannot write {path.parent}: {error.strerror}; choose another folder") from None
 
 
 def _beside(path: Path, end: str) -> Path:

@@ -23,8 +23,8 @@ import torch
 
 from phoenix import chat, report
 from phoenix.config import check_bounds, load_config, option, run_recipe
-from phoenix.data import language
-from phoenix.data.formats import Conversation, read_rows, to_row
+from phoenix.data import language, reading
+from phoenix.data.formats import Conversation, to_row
 from phoenix.eval.language import judge, shares, spread
 from phoenix.eval.scoring import bits_per_byte
 from phoenix.files import UserError, read_json, read_json_lines, require, sha256, write_json
@@ -146,7 +146,7 @@ def preferences(config: QuickstartConfig) -> Table:
 
 def held_out_rows(config: QuickstartConfig) -> list[Table]:
     """The rows to measure on, `prompts` of them: evenly from each language, so from all categories."""
-    rows = [row for _, row in read_rows(config.held_out)]
+    rows = [row for _, row in reading.read_rows(config.held_out)]
     languages = sorted({row["language"] for row in rows})
     if languages != ["de", "en"]:
         raise UserError(f"{config.held_out}: languages are {languages}; expected rows of 'de' and of 'en'")
@@ -219,7 +219,7 @@ def measure(config: QuickstartConfig, stage: str, folder: Path, template: str, r
 
 def training_texts(config: QuickstartConfig) -> Iterator[str]:
     for path in load_config(prepare.PrepareConfig, [], config.prepare_config).input:
-        for line, raw in read_rows(path):
+        for line, raw in reading.read_rows(path):
             row = to_row(raw, (path, line))
             yield from (
                 (turn["content"] for turn in row.messages) if isinstance(row, Conversation) else [row.text]

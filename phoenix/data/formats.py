@@ -19,23 +19,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from phoenix.data.reading import read_rows
 from phoenix.files import UserError
-
-__all__ = [
-    "FORMATS",
-    "Conversation",
-    "Message",
-    "PreferencePair",
-    "Row",
-    "RowError",
-    "Text",
-    "is_message",
-    "read_rows",
-    "stated_license",
-    "threads",
-    "to_row",
-]
 
 Message = dict[str, str]
 

@@ -12,8 +12,6 @@ needs the small ones in memory, never the tokens.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import functools
 import hashlib
 import json
 import multiprocessing
@@ -24,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,8 +32,8 @@ from safetensors.numpy import save
 
 from phoenix.data.formats import is_message, threads
 from phoenix.data.near_duplicates import NUM_PERM
-from phoenix.data.reading import parse, raw_rows, read_rows
-from phoenix.files import UserError, atomic_write
+from phoenix.data.reading import parse, raw_rows
+from phoenix.files import UserError, atomic_write, lock
 
 # What may become of a row, in the order in which it is asked; 0 is none of them.
 REASONS = (
@@ -66,14 +64,6 @@ class Outcome(NamedTuple):
 
 
 Maker = Callable[[int, Lines], list[Outcome]]
-
-
-class Job(NamedTuple):
-    """What a process needs to make a part."""
-
-    file: int
-    part: Path
-    lines: Lines
 
 
 @dataclass(frozen=True)
@@ -186,18 +176,9 @@ def parts_folder(output: Path) -> Iterator[Path]:
     """
     output = Path(output).resolve()
     folder = output.with_name(f".{output.name}.parts")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "w")  # noqa: SIM115
-    except OSError as error:
-        reason = f"{error.strerror}; choose another output"
-        raise UserError(f"cannot write {folder}: {reason}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.stat(folder / "lock")  # not that of a run that ended between the two lines, with its folder
-        except OSError:
-            raise UserError(f"{output}: another run is writing it; wait, or choose another output") from None
+    taken = f"{output}: another run is writing it; wait, or choose another output"
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, lock(folder / "lock", taken))
         try:
             yield folder
             shutil.rmtree(folder)
@@ -209,25 +190,27 @@ def parts_folder(output: Path) -> Iterator[Path]:
 def make_parts(
     files: Iterable[tuple[Path, Path]],
     workers: int,
-    kind: Callable[..., Maker],
+    build: Callable[..., Maker],
     arguments: tuple,
     pieces: int,
 ) -> Iterator[Part]:
     """The parts of each (file, its folder of parts), in order; those that do not stand there are made.
 
-    kind(*arguments) is built once a process and called with (number of the file, lines); pieces: documents of
-    a row.  workers: processes; 1: none beside this one.  Raises UserError, also if a worker was killed.
+    build(*arguments) is called once a process; what it gives makes the outcomes of (number of the file, its
+    lines).  pieces: documents of a row.  workers: processes; 1: none beside this one.  Raises UserError, also
+    if a worker was killed.
     """
     if workers == 1:
-        make = kind(*arguments)
-        for job in _jobs(files):
-            yield _part(make, pieces, job)
+        make = build(*arguments)
+        for part, lines in _jobs(files):
+            _write(part, lines, make, pieces)
+            yield part
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", "phoenix.chat", "phoenix.data.formats"])
-    pool = futures.ProcessPoolExecutor(workers, context, _start_worker, (kind, arguments, pieces))
+    pool = futures.ProcessPoolExecutor(workers, context, _start_worker, (build, arguments, pieces))
     jobs = _jobs(files)
-    submit = lambda job: (Part(job.file, job.part), job.lines and pool.submit(_run_worker, job))  # noqa: E731
+    submit = lambda job: (job[0], job[1] and pool.submit(_run_worker, *job))  # noqa: E731
     try:
         waiting = deque(map(submit, islice(jobs, 3 * workers)))  # what is read ahead must not fill the memory
         while waiting:
@@ -242,29 +225,31 @@ def make_parts(
         pool.shutdown(cancel_futures=True)
 
 
-def _jobs(files: Iterable[tuple[Path, Path]]) -> Iterator[Job]:
-    """Each part in order; without lines if it stands there already."""
+def _jobs(files: Iterable[tuple[Path, Path]]) -> Iterator[tuple[Part, Lines]]:
+    """Each part in order, and its rows: none if it stands there already."""
     for number, (path, folder) in enumerate(files):
         folder.mkdir(exist_ok=True)
         for index, lines in enumerate(_split(file_rows(path))):
-            part = folder / f"{index:06d}.safetensors"
-            yield Job(number, part, [] if Part(number, part).is_whole else lines)
+            part = Part(number, folder / f"{index:06d}.safetensors")
+            yield part, [] if part.is_whole else lines
 
 
 def file_rows(path: Path) -> Iterator[tuple[int, Any]]:
     """As `raw_rows`, but the flat messages of oasst1 are gathered to trees."""
-    first = next(raw_rows(path), None)
-    if first and is_message(parse(path, *first)):
-        return threads(read_rows(path), path)
-    return raw_rows(path)
+    rows = raw_rows(path)
+    first = [*islice(rows, 1)]
+    rows = chain(first, rows)
+    if first and is_message(parse(path, *first[0])):
+        return threads(((line, parse(path, line, raw)) for line, raw in rows), path)
+    return rows
 
 
 def _split(rows: Iterator[tuple[int, Any]]) -> Iterator[Lines]:
-    """Up to PART_ROWS rows each, fewer if they are long; what has no bytes yet (parquet) counts as short."""
+    """Up to PART_ROWS rows each, fewer if they are long; what is no line is as long as its repr."""
     lines, size = [], 0
     for line, raw in rows:
         lines.append((line, raw))
-        size += len(raw) if isinstance(raw, bytes) else 0
+        size += len(raw if isinstance(raw, bytes) else repr(raw))
         if len(lines) == PART_ROWS or size >= PART_BYTES:
             yield lines
             lines, size = [], 0
@@ -272,21 +257,20 @@ def _split(rows: Iterator[tuple[int, Any]]) -> Iterator[Lines]:
         yield lines
 
 
-def _part(make: Maker, pieces: int, job: Job) -> Part:
-    if job.lines:
-        data = _serialized(make(job.file, job.lines), pieces, job.part)
-        with atomic_write(job.part, "wb") as file:
+def _write(part: Part, lines: Lines, make: Maker, pieces: int) -> None:
+    if lines:
+        data = _serialized(make(part.file, lines), pieces, part.path)
+        with atomic_write(part.path, "wb") as file:
             file.write(data)
-    return Part(job.file, job.part)
 
 
-def _start_worker(kind: Callable[..., Maker], arguments: tuple, pieces: int) -> None:
+def _start_worker(build: Callable[..., Maker], arguments: tuple, pieces: int) -> None:
     global _work
-    _work = functools.partial(_part, kind(*arguments), pieces)
+    _work = build(*arguments), pieces
     # A parent that was killed sends no signal: without this its workers would wait for ever.
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def _run_worker(job: Job) -> None:
-    _work(job)
+def _run_worker(part: Part, lines: Lines) -> None:
+    _write(part, lines, *_work)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import math
 import os
 import platform
@@ -18,7 +17,7 @@ import torch
 
 import phoenix
 from phoenix.config import save_config
-from phoenix.files import Interrupted, UserError, read_json, write_json
+from phoenix.files import Interrupted, UserError, lock, read_json, write_json
 from phoenix.train.distributed import World
 
 DONE, FAILED, USER_ERROR, STOPPED = 0, 1, 2, 75
@@ -32,7 +31,10 @@ def run_folder(folder: Path, world: World) -> Iterator[contextlib.ExitStack]:
     alike, if the folder cannot be written or another process trains in it.
     """
     with contextlib.ExitStack() as stack:
-        world.on_main(lambda: stack.callback(os.close, _lock(folder)))
+        taken = (
+            f"{folder}: another process trains in this folder; wait for its end, or choose another output_dir"
+        )
+        world.on_main(lambda: stack.callback(os.close, lock(folder / ".lock", taken)))
         with _status(folder, world), contextlib.ExitStack() as at_end:
             yield at_end
 
@@ -65,21 +67,6 @@ def _status(folder: Path, world: World) -> Iterator[None]:
         raise
     finally:
         _write_status(folder, code, words, world)
-
-
-def _lock(folder: Path) -> int:
-    """A file handle that holds the folder against other processes while it is open; a kill releases it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return handle
-    except BlockingIOError:
-        raise UserError(
-            f"{folder}: another process trains in this folder; wait for its end, or choose another output_dir"
-        ) from None
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}; choose another output_dir") from None
 
 
 def is_done(folder: Path) -> bool:

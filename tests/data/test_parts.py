@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from phoenix import files
 from phoenix.config import load_config
-from phoenix.data import parts
+from phoenix.data import parts, reading
 from phoenix.data.sources import Source
 from phoenix.data.store import TokenStore
 from phoenix.files import UserError
@@ -32,7 +33,7 @@ import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "recipes")!r}]
 import prepare
 from phoenix.config import run_recipe
-from phoenix.data import parts
+from phoenix.data import parts, reading
 
 if __name__ == "__main__":
     parts.PART_ROWS = {SIZE}
@@ -324,12 +325,37 @@ def test_one_file_under_two_licences_keeps_both(stopped, monkeypatch):
 
 
 def test_the_lock_of_a_run_that_just_ended_is_none(tmp_path, monkeypatch):
-    lock = parts.fcntl.flock
+    lock = files.fcntl.flock
 
     def end_first(file, how):
         lock(file, how)
         os.unlink(tmp_path / ".store.parts" / "lock")
 
-    monkeypatch.setattr(parts.fcntl, "flock", end_first)
+    monkeypatch.setattr(files.fcntl, "flock", end_first)
     with pytest.raises(UserError, match="another run is writing it"), parts.parts_folder(tmp_path / "store"):
         pass
+
+
+def writers():
+    def parquet(path, made):
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(made), path)
+
+    def table(path, made):
+        path.write_text("text\n" + "".join(f"{row['text']}\n" for row in made))
+
+    return {
+        "jsonl": write, "json": lambda path, made: path.write_text(json.dumps(made)), "csv": table,
+        "parquet": parquet,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("ending", writers())
+def test_parts_are_bounded_by_bytes_whatever_the_file(ending, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "PART_BYTES", 20_000)
+    path, parsed, loads = tmp_path / f"a.{ending}", [], reading.json.loads
+    writers()[ending](path, [{"text": f"{i} " + "x" * 1000} for i in range(100)])
+    monkeypatch.setattr(reading.json, "loads", lambda *a, **more: parsed.append(1) or loads(*a, **more))
+    cut = list(parts._split(parts.file_rows(path)))
+    assert {len(lines) for lines in cut[:-1]} <= {19, 20} and sum(map(len, cut)) == 100
+    assert len(parsed) <= 1, "the file is parsed once, and of JSON lines the first line"
