@@ -243,12 +243,7 @@ STATED = (
     "language", "license", "license_table", "license_join", "generator", "generator_license", "attribution",
     "weight", "cap", "held_out",
 )  # fmt: skip
-OF_FILES = (
-    "input",
-    "eval_input",
-    "sources",
-    "shard_tokens",
-)  # settings that the other tables tell, or none asks
+OF_FILES = ("input", "eval_input", "sources", "shard_tokens")  # settings that other tables tell, or none asks
 MEANINGS = {
     "kept": "as they are trained",
     "bad_row": "of no known format, or in disorder",

@@ -50,12 +50,8 @@ def permits(license: str | None, policy: str) -> bool:
     """
     if policy == "none" or license is None:
         return policy == "none"
-    refused = {
-        "stated": lambda name: False,
-        "nc": _FORBIDS.search,
-        "strict": lambda name: name not in PERMISSIVE,
-    }
-    return any(not any(map(refused[policy], parts)) for parts in _alternatives(license))
+    passes = {"stated": bool, "nc": lambda name: not _FORBIDS.search(name), "strict": PERMISSIVE.__contains__}
+    return any(all(map(passes[policy], parts)) for parts in _alternatives(license))
 
 
 def unlicensed_sentence(source: Source, policy: str) -> str:
@@ -197,6 +193,5 @@ CONDITIONS = {name: asks.split(",") for name, _, asks, *_ in _TABLE}
 PERMISSIVE = frozenset(name for name, asks in CONDITIONS.items() if not {"nc", "nd", "own"} & {*asks})
 _KNOWN = {_license_key(alias): name for name, _, _, *others in _TABLE for alias in (name, *others)}
 _FORBIDS = re.compile(
-    r"(by|cc)-?nc|(^|[-.])nc(v?[\d.-]|$)|no[nt]?[a-z-]*commercial|research|academic|educat|personal|evaluation",
-    re.IGNORECASE,
+    r"(?i)(by|cc)-?nc|(^|[-.])nc(v?[\d.-]|$)|no[nt]?[a-z-]*commerc|research|academic|educat|personal|evaluation"
 )

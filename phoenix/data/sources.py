@@ -33,12 +33,8 @@ class Source:
                            bounds="of at least 0")  # fmt: skip
     cap: int | None = option("rows at most, after all filters and the weight", None, bounds="above 0")
     license: str | None = option("SPDX name, for rows that state none", None)
-    license_table: str | None = option(
-        "licence by a field of the row: open_platypus, or the path of a table (*.toml)", None
-    )
-    license_join: str | None = option(
-        "file of rows (Open-Platypus) whose licence a row takes by its English instruction", None
-    )
+    license_table: str | None = option("licence by a field of the row: open_platypus, or a *.toml", None)
+    license_join: str | None = option("file of rows whose licence a row takes by its instruction", None)
     generator: str | None = option("model that wrote the answers", None)
     generator_license: str | None = option("terms of its output, which the policy judges as well", None)
     attribution: str | None = option("whom to name", None)
