@@ -30,10 +30,10 @@ from phoenix.data.filters import FILTERS, RowFilters, lot, row_keys
 from phoenix.data.formats import KINDS, RowError, to_row
 from phoenix.data.licenses import POLICIES, Licenses, unlicensed_sentence
 from phoenix.data.near_duplicates import signature
-from phoenix.data.parts import REASONS, Arrays, Lines, Outcome, Part, excerpt, make_parts, parts_folder, spans
+from phoenix.data.parts import REASONS, Lines, Outcome, Part, excerpt, make_parts, parts_folder, spans
 from phoenix.data.preview import Document, preview_page, preview_text
 from phoenix.data.reading import parse
-from phoenix.data.rendering import render_row, surely_too_long
+from phoenix.data.rendering import render_row, surely_too_long, unfit
 from phoenix.data.selection import Rows, gather, near_duplicate_finder, select
 from phoenix.data.sources import Resolved, Source, named, resolve
 from phoenix.data.store import FORMAT_VERSION, MANIFEST, StoreWriter
@@ -145,9 +145,8 @@ def check(config: PrepareConfig) -> None:
     if missing or not (config.input or config.sources):
         raise UserError(f"input: no such file: {', '.join(missing) or 'the list is empty'}; correct it")
     check_bounds(config)
-    weights = [source.weight for source in config.all_sources if not source.held_out]
-    if not sum(weights):
-        raise UserError(f"sources: the weights {weights} add up to 0; expected one above 0; raise one")
+    if not any(source.weight for source in config.all_sources if not source.held_out):
+        raise UserError("sources: none to train on; expected a weight above 0 of one that is not held out")
     if config.max_length < 2:
         raise UserError(f"max_length must be 2 at least, not {config.max_length}; raise it")
     if (config.max_prompt_length or 0) >= config.max_length:
@@ -171,7 +170,8 @@ class Renderer:
         self.found, self.sources = tuple(found), [each.source for each in found]
         self.files = [(path, number) for number, each in enumerate(found) for path in each.files]
         self.licenses = [Licenses(each.source, config.policy, each.join) for each in found]
-        self.filters = RowFilters(config.filters, config.length_ratio, config.test_sets, config.eval_files)
+        settings = (config.length_ratio, config.test_sets, config.eval_files)
+        self.filters = RowFilters(config.filters, *settings, {source.language for source in self.sources})
 
     def __call__(self, file: int, lines: Lines) -> list[Outcome]:
         path, number = self.files[file]
@@ -181,22 +181,22 @@ class Renderer:
         source, licenses = self.sources[number], self.licenses[number]
         try:
             row = to_row(raw, (path, line), self.config.kind, source.format)
-            row = replace(row, source=licenses.origin(raw) or row.source)
-            licence = licenses.of(raw, row.license)
-            if dropped := licenses.why_dropped(licence):
-                return Outcome(line, dropped, licence or "no licence is known", excerpt(raw))
-            limit, most = self.config.max_prompt_length, self.tokenizer.max_token_bytes
-            if surely_too_long(row, most * self.config.max_length, prompt_is_cut=limit is not None):
-                return Outcome(line, "too_long", "by its characters alone", excerpt(raw))
-            if dropped := self.filters.why_dropped(row, raw, source.language):
-                return Outcome(line, *dropped, excerpt(raw))
+        except RowError as error:
+            return self.bad_row(line, raw, str(error))
+        row = replace(row, source=licenses.origin(raw) or row.source)
+        licence = licenses.of(raw, row.license)
+        if dropped := licenses.why_dropped(licence):
+            return Outcome(line, dropped, licence or "no licence is known", excerpt(raw))
+        limit, most = self.config.max_prompt_length, self.tokenizer.max_token_bytes
+        if surely_too_long(row, most * self.config.max_length, prompt_is_cut=limit is not None):
+            return Outcome(line, "too_long", "by its characters alone", excerpt(raw))
+        if dropped := self.filters.why_dropped(row, raw, source.language):
+            return Outcome(line, *dropped, excerpt(raw))
+        try:
             documents, is_cut = render_row(row, self.tokenizer, self.template, max_prompt_length=limit)
         except (UserError, ValueError) as error:  # ValueError: a character without a token
-            if self.config.on_bad_row == "drop":
-                return Outcome(line, "bad_row", str(error), excerpt(raw))
-            where = "" if isinstance(error, RowError) else f"{path}, line {line}: "
-            raise UserError(f"{where}{error}; correct the row, or set on_bad_row=drop") from None
-        if dropped := self.why_dropped(documents):
+            return self.bad_row(line, raw, f"{path}, line {line}: {error}")
+        if dropped := unfit(documents, self.config.max_length):
             return Outcome(line, *dropped, excerpt(raw))
         key, prompt_key = row_keys(row)
         held_out = source.held_out or lot(prompt_key, self.config.seed) < self.config.eval_fraction
@@ -207,12 +207,10 @@ class Renderer:
             signature=signature(row) if "near_duplicate" in self.config.filters else None,
         )  # fmt: skip
 
-    def why_dropped(self, documents: tuple[Arrays, ...]) -> tuple[str, str] | None:
-        first, *answers = (len(tokens) for tokens, _, _ in documents)
-        if (length := first + max(answers, default=0)) > self.config.max_length:
-            return "too_long", f"{length} tokens"
-        learned = [mask for _, mask, _ in documents[1:]] or [documents[0][1][1:]]
-        return None if all(mask.any() for mask in learned) else ("no_target", "no token has a loss")
+    def bad_row(self, line: int, raw: dict[str, Any], why: str) -> Outcome:
+        if self.config.on_bad_row == "drop":
+            return Outcome(line, "bad_row", why, excerpt(raw))
+        raise UserError(f"{why}; correct the row, or set on_bad_row=drop") from None
 
 
 def scan(config: PrepareConfig, renderer: Renderer, inputs: list[dict], work: Path) -> list[Part]:
@@ -252,7 +250,9 @@ def write_store(
         label, kept = renderer.sources[renderer.files[part.file][1]].label, np.flatnonzero(rows.copies[here])
         for row, documents in zip(kept.tolist(), part.documents(kept)):
             subset, licence = stated[of_row[row]]
-            origin = (label, subset if len(numbers) < MOST_SUBSETS else "", licence)
+            origin = (label, subset, licence)
+            if len(numbers) >= MOST_SUBSETS and origin not in numbers:
+                origin = (label, "", licence)
             number = numbers.setdefault(origin, len(numbers))
             split = "eval" if rows.held_out[here][row] else "train"
             for _ in range(rows.copies[here][row]):

@@ -56,6 +56,16 @@ def surely_too_long(row: Row, most: int, *, prompt_is_cut: bool) -> bool:
     return _longest(turns) > most
 
 
+def unfit(documents: tuple[Arrays, ...], max_length: int) -> tuple[str, str] | None:
+    """(filter, what it found) for a row of more tokens than that, or one whose text, chat or answer has no
+    token with a loss; else None."""
+    first, *answers = (len(tokens) for tokens, _, _ in documents)
+    if (length := first + max(answers, default=0)) > max_length:
+        return "too_long", f"{length} tokens"
+    learned = [mask for _, mask, _ in documents[1:]] or [documents[0][1][1:]]
+    return None if all(mask.any() for mask in learned) else ("no_target", "no token has a loss")
+
+
 def _fit_prompt(turns: Turns, tokenizer: Tokenizer, template: str, limit: int | None) -> tuple[Turns, Arrays]:
     """A prompt's turns without those that the limit cuts, and their tokens, which may still be too many."""
     most = (limit or 0) * tokenizer.max_token_bytes  # characters that `limit` tokens can spell

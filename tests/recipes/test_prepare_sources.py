@@ -419,7 +419,13 @@ MISTAKES = {
         '[[sources]]\npath = "HERE/useless.jsonl"\nlicense = "MIT"',
         ["no row is left for the split 'train': 1 bad_row, 1 empty, 1 refusal, 1 too_long"],
     ),
-    "weights": (f"{ROWS}weight = 0\n{ROWS}weight = 0", ["the weights [0.0, 0.0] add up to 0"]),
+    "weights": (f"{ROWS}weight = 0\n{ROWS}weight = 0", ["sources: none to train on; expected a weight"]),
+    "all held out": (f"{ROWS}held_out = true", ["sources: none to train on", "one that is not held out"]),
+    "ratio": (f"length_ratio = [2, 0.5]\n{ROWS}", ["length_ratio is [2.0, 0.5]; expected the least first"]),
+    "no such language": (
+        f'on_bad_row = "drop"\nfilters = ["language"]\n{ROWS}license = "MIT"\nlanguage = "xx"',
+        ["language is 'xx'; expected a code that py3langid knows"],
+    ),
     "negative": (ROWS + 'license = "MIT"\nweight = -1', ["weight is -1.0; expected a number of at least 0"]),
     "infinite": (ROWS + 'license = "MIT"\nweight = inf', ["weight is inf"]),
     "cap": (ROWS + 'license = "MIT"\ncap = 0', ["cap is 0; expected a number above 0"]),
@@ -448,6 +454,25 @@ def test_without_a_policy_no_licence_is_asked(run, tmp_path, text):
     manifest = TokenStore.open(tmp_path / "store").manifest
     assert manifest["config"]["license_policy"] == "none"
     assert [row["license"] for row in manifest["provenance"]] == ["not stated"]
+
+
+def test_beyond_the_most_a_source_of_a_row_that_is_listed_keeps_its_name(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "MOST_SUBSETS", 2)
+    named = [{"messages": turns(f"Frage {i}?", "Ja."), "source": name} for i, name in enumerate("abcadb")]
+    write(tmp_path / "rows.jsonl", named)
+    assert run(ROWS + 'license = "MIT"') == (0, "")
+    store = TokenStore.open(tmp_path / "store")
+    assert [store.provenance(i)["subset"] for i in range(6)] == ["a", "b", "", "a", "", "b"]
+
+
+def test_an_error_of_the_programme_is_no_bad_row(run, tmp_path, monkeypatch):
+    def broken(*_):
+        raise ValueError("a mistake of ours")
+
+    monkeypatch.setattr(prepare.RowFilters, "why_dropped", broken)
+    write(tmp_path / "rows.jsonl", [{"messages": turns("Frage?", "Ja.")}])
+    with pytest.raises(ValueError, match="a mistake of ours"):
+        run('on_bad_row = "drop"\n' + ROWS + 'license = "MIT"')
 
 
 @pytest.mark.parametrize("name", MISTAKES)
