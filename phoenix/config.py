@@ -133,6 +133,7 @@ BOUNDS = {
     "above 0": lambda value: 0 < value < math.inf,
     "above 0 (inf: no limit)": lambda value: value > 0,
     "of at least 0": lambda value: 0 <= value < math.inf,
+    "of at least 2": lambda value: 2 <= value < math.inf,
     "from 0 to 1": lambda value: 0 <= value <= 1,
     "above 0, at most 1": lambda value: 0 < value <= 1,
     "of at least 0 and below 1": lambda value: 0 <= value < 1,

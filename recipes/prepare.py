@@ -63,7 +63,7 @@ class PrepareConfig:
         "auto: stated if there are sources, else none", "auto", ("auto", *POLICIES))  # fmt: skip
     kind: str = option("conversations and texts, or preference pairs", "documents", tuple(KINDS))
     chat_template: str | None = option("its name; none: the one that the model's folder states", None)
-    max_length: int = option("a row (a pair: prompt and longer answer) of more tokens is dropped", 2048)
+    max_length: int = option("most tokens of a row (a pair: longer answer)", 2048, bounds="of at least 2")
     max_prompt_length: int | None = option(
         "pairs: cut the start of a longer prompt, whole turns where possible", None, bounds="above 0"
     )
@@ -147,8 +147,6 @@ def check(config: PrepareConfig) -> None:
     check_bounds(config)
     if not any(source.weight for source in config.all_sources if not source.held_out):
         raise UserError("sources: none to train on; expected a weight above 0 of one that is not held out")
-    if config.max_length < 2:
-        raise UserError(f"max_length must be 2 at least, not {config.max_length}; raise it")
     if (config.max_prompt_length or 0) >= config.max_length:
         sizes = f"max_prompt_length is {config.max_prompt_length}, max_length {config.max_length}"
         raise UserError(f"{sizes}: no answer would fit; lower the first, or raise the second")
@@ -182,7 +180,7 @@ class Renderer:
         try:
             row = to_row(raw, (path, line), self.config.kind, source.format)
         except RowError as error:
-            return self.bad_row(line, raw, str(error))
+            return self.bad_row(line, raw, str(error), error.reason)
         row = replace(row, source=licenses.origin(raw) or row.source)
         licence = licenses.of(raw, row.license)
         if dropped := licenses.why_dropped(licence):
@@ -207,7 +205,9 @@ class Renderer:
             signature=signature(row) if "near_duplicate" in self.config.filters else None,
         )  # fmt: skip
 
-    def bad_row(self, line: int, raw: dict[str, Any], why: str) -> Outcome:
+    def bad_row(self, line: int, raw: dict[str, Any], why: str, reason: str = "bad_row") -> Outcome:
+        if reason in self.config.filters:
+            return Outcome(line, reason, why, excerpt(raw))
         if self.config.on_bad_row == "drop":
             return Outcome(line, "bad_row", why, excerpt(raw))
         raise UserError(f"{why}; correct the row, or set on_bad_row=drop") from None

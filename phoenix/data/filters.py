@@ -49,6 +49,8 @@ class RowFilters:
         needed = {"language": ("py3langid.langid", "language"), "near_duplicate": ("datasketch", "data")}
         for name in needed.keys() & set(names):
             require(*needed[name])
+        if "language" in names and {*languages} == {None}:
+            raise UserError("filters has language, but no source states the language that it expects; add it")
         for language in {*languages} - {None} if "language" in names else ():
             reply_language("", candidates={*CANDIDATES, language})  # ends here if there is no such language
         self.names, self.length_ratio, self.eval_index = names, length_ratio, EvalIndex(eval_files)

@@ -67,7 +67,14 @@ Row = Conversation | PreferencePair | Text
 
 
 class RowError(UserError):
-    """A row that cannot be trained on: no known format, roles out of order, an empty turn, an odd type."""
+    """A row that cannot be trained on: no known format, roles out of order, an empty turn, an odd type.
+
+    reason: the filter that drops such rows if it is on, else "bad_row".
+    """
+
+    def __init__(self, text: str, reason: str = "bad_row") -> None:
+        super().__init__(text)
+        self.reason = reason
 
 
 def to_row(
@@ -86,7 +93,7 @@ def to_row(
         source = _text(str(row.get("source") or row.get("data_source") or Path(path).name), "source")
         licence = stated_license(row)
     except RowError as error:
-        raise RowError(f"{path}, line {line}: {error}") from None
+        raise RowError(f"{path}, line {line}: {error}", error.reason) from None
     more = {"scores": _scores(row)} if row_type is PreferencePair else {}
     return row_type(*content, source, licence, line, _length_ratio(row), **more)
 
@@ -153,7 +160,9 @@ def oasst_pairs(tree: dict) -> tuple:
     *prompt, best = _best_thread(tree)
     ranked = [answer for answer in _replies(prompt[-1]) if _rank(answer) < math.inf] if prompt else []
     if not ranked or _rank(best) == _rank(ranked[-1]):
-        raise RowError("no two answers to the last prompt differ in rank; expected a better and a worse one")
+        raise RowError(
+            "no two answers to the last prompt differ in rank; expected a better and a worse", "tie"
+        )
     return _pair(*(_turns(turns, "prompt") for turns in (prompt, [best], ranked[-1:])))
 
 
@@ -195,7 +204,7 @@ def ultrafeedback(row: dict) -> tuple:
     best = max((score for score, _ in scored), default=0)
     lower = [answer for score, answer in scored if score < best]
     if not lower:
-        raise RowError("no two completions are rated differently; expected a better and a worse one")
+        raise RowError("no two completions are rated differently; expected a better and a worse one", "tie")
     instruction = _text(row["instruction"], "instruction")
     worse = lower[hashlib.sha256(instruction.encode()).digest()[0] % len(lower)]
     better = next(answer for score, answer in scored if score == best)
@@ -240,7 +249,8 @@ def _format_of(row: dict, kind: str, name: str | None) -> tuple[type, Callable]:
         raise RowError(f"the row is a {fitting[0][0].__name__}; expected one for kind={kind!r}; change kind")
     known = "; ".join(f"{name} ({', '.join(sorted(needed))})" for name, (_, needed, _) in asked.items())
     fields = ", ".join(sorted(map(str, found)))[:300] or "none"
-    raise RowError(f"found the fields {fields}; expected those of a known format: {known}; rename the fields")
+    do = "change format" if name else "rename the fields"
+    raise RowError(f"found the fields {fields}; expected those of a known format: {known}; {do}")
 
 
 def _scores(row: dict) -> tuple[float, float] | None:
@@ -356,8 +366,10 @@ def _conversation(turns: list[Message]) -> tuple[Message, ...]:
     for number, turn in enumerate(turns[start:], 1):
         expected = "user" if number % 2 else "assistant"
         if turn["role"] != expected or not turn["content"].strip():
-            found = "empty" if turn["role"] == expected else f"the {turn['role']}'s (roles out of order)"
-            raise RowError(f"turn {number + start} is {found}; expected text of the {expected}")
+            empty = turn["role"] == expected
+            found = "empty" if empty else f"the {turn['role']}'s (roles out of order)"
+            text = f"turn {number + start} is {found}; expected text of the {expected}"
+            raise RowError(text, "empty" if empty else "bad_row")
     if turns[-1]["role"] != "assistant":
         raise RowError("the last turn is not an assistant's (roles out of order); expected an answer")
     return tuple(turns)

@@ -575,3 +575,17 @@ def test_an_odd_value_anywhere_gives_a_row_or_one_sentence(name, seed):
             assert "expected" in str(error) and str(error).startswith("x, line 1: ")
         else:
             assert isinstance(row, PreferencePair) == (kind == "pairs")
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "reason"),
+    [
+        ({"messages": say("Q", " ")}, "documents", "empty"),
+        ({"messages": say("Q")}, "documents", "bad_row"),
+        ({"instruction": "Q", "completions": [{"response": "a", "overall_score": 1}] * 2}, "pairs", "tie"),
+    ],
+)
+def test_an_error_names_the_filter_that_drops_such_rows(row, kind, reason):
+    with pytest.raises(RowError) as raised:
+        to_row(row, ("a.jsonl", 1), kind)
+    assert raised.value.reason == reason

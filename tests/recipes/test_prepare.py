@@ -402,7 +402,7 @@ def test_a_line_that_does_not_parse_always_stops(configure, tmp_path):
         ({"chat_template": "mistral-v3"}, "^the chat template 'mistral-v3' needs the token"),
         ({"eval_fraction": 1.0}, "eval_fraction is 1.0"),
         ({"eval_fraction": 1e-9}, "no row is left for the split 'eval': 30 kept"),
-        ({"max_length": 1}, "max_length must be 2"),
+        ({"max_length": 1}, "max_length is 1; expected a number of at least 2"),
         ({"max_prompt_length": 0}, "max_prompt_length is 0; expected a number above 0"),
         ({"max_prompt_length": -3}, "max_prompt_length is -3; expected a number above 0"),
         ({"shard_tokens": 0}, "shard_tokens is 0; expected a number above 0"),

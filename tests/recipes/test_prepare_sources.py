@@ -422,6 +422,12 @@ MISTAKES = {
     "weights": (f"{ROWS}weight = 0\n{ROWS}weight = 0", ["sources: none to train on; expected a weight"]),
     "all held out": (f"{ROWS}held_out = true", ["sources: none to train on", "one that is not held out"]),
     "ratio": (f"length_ratio = [2, 0.5]\n{ROWS}", ["length_ratio is [2.0, 0.5]; expected the least first"]),
+    "no language": (f'filters = ["language"]\n{ROWS}license = "MIT"', ["but no source states"]),
+    "another schema": (
+        f'{ROWS}license = "MIT"\nformat = "sharegpt"',
+        ["found the fields messages; expected those of a known format: sharegpt (conversations); change"],
+    ),
+    "no length": (f"max_length = 1\n{ROWS}", ["max_length is 1; expected a number of at least 2"]),
     "no such language": (
         f'on_bad_row = "drop"\nfilters = ["language"]\n{ROWS}license = "MIT"\nlanguage = "xx"',
         ["language is 'xx'; expected a code that py3langid knows"],
@@ -473,6 +479,15 @@ def test_an_error_of_the_programme_is_no_bad_row(run, tmp_path, monkeypatch):
     write(tmp_path / "rows.jsonl", [{"messages": turns("Frage?", "Ja.")}])
     with pytest.raises(ValueError, match="a mistake of ours"):
         run('on_bad_row = "drop"\n' + ROWS + 'license = "MIT"')
+
+
+def test_an_empty_turn_is_dropped_by_its_filter_and_an_error_without_it(run, tmp_path):
+    write(tmp_path / "rows.jsonl", [{"messages": turns("Frage?", said)} for said in (" ", "Ja.")])
+    assert run(ROWS + 'license = "MIT"') == (0, "")
+    [entry] = TokenStore.open(tmp_path / "store").manifest["inputs"]
+    assert entry["dropped"] == {"empty": 1} and entry["kept"] == 1
+    code, said = run("filters = []\n" + ROWS + 'license = "MIT"')
+    assert code == 2 and "line 1: turn 2 is empty; expected text of the assistant; correct the row" in said
 
 
 @pytest.mark.parametrize("name", MISTAKES)
