@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -266,6 +267,7 @@ def _write(part: Part, lines: Lines, make: Maker, pieces: int) -> None:
 
 def _start_worker(build: Callable[..., Maker], arguments: tuple, pieces: int) -> None:
     global _work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent ends its workers
     _work = build(*arguments), pieces
     # A parent that was killed sends no signal: without this its workers would wait for ever.
     parent = multiprocessing.parent_process()
