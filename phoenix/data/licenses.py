@@ -58,6 +58,8 @@ def unlicensed_sentence(source: Source, policy: str) -> str:
     """For a source none of whose rows has a known licence."""
     what = "match in license_join" if source.license_join else "known licence"
     do = "state license (an SPDX name) or license_table (by a field of the row), or set license_policy=none"
+    if source.license:
+        do = f"rows with {PLATYPUS}'s columns go by its table: state format=alpaca if yours are others"
     return f"{source.path}: no row has a {what}, which license_policy={policy} asks of each; {do}"
 
 
@@ -73,6 +75,7 @@ class Licenses:
         self.default = _spdx(source.license, f"{source.path}: license")
         self.generator = _spdx(source.generator_license, f"{source.path}: generator_license")
         self.forced = bool(source.license_table) or source.format == PLATYPUS
+        self.by_columns = source.format is None
         self.field, self.table = load_table(source.license_table or PLATYPUS)
         self.joined = self._join(join or Path(source.license_join)) if source.license_join else None
 
@@ -80,11 +83,11 @@ class Licenses:
         """The licence of a row, AND its generator's terms; stated: what it states itself.  None: unknown.
 
         With a table, a join, or the columns of Open-Platypus, whose rows are of many licences, the source's
-        `license` does not stand in for what they lack.
+        `license` does not stand in for what they lack; columns do not count where `format` names another.
         """
         if self.joined is not None:
             found = _with(self.joined.get(_key(raw), (None,))[0], stated)
-        elif self.forced or FORMATS[PLATYPUS][1] <= raw.keys():
+        elif self.forced or (self.by_columns and FORMATS[PLATYPUS][1] <= raw.keys()):
             found = self._by_table(raw, stated)
         else:
             found = self.default if stated is None else canonical(stated)

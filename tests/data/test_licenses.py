@@ -200,6 +200,8 @@ def test_where_a_licence_comes_from_and_what_stands_before_what():
     # one licence for all does not stand in for that of each origin
     assert of({"license": "mit"}, platypus) == "CC-BY-4.0"
     assert of({"license": "mit"}, {**platypus, "data_source": None}) is None
+    # columns of the same names in another set
+    assert of({"license": "mit", "format": "alpaca"}, {**platypus, "data_source": "mine"}) == "MIT"
     for source in ({"format": "open_platypus"}, {"license_table": "open_platypus"}):
         for lost in ({**platypus, "data_source": None}, {**platypus, "data_source": "new"}, {"output": "b"}):
             assert of({"license": "mit", **source}, lost) is None
@@ -357,6 +359,7 @@ def test_mistakes_in_the_config_are_one_sentence(tmp_path):
 def test_a_source_without_any_licence_is_told_what_to_state():
     said = unlicensed_sentence(Source("rows.jsonl"), "nc")
     assert all(word in said for word in ("rows.jsonl", "license_policy=nc", "license_table"))
+    assert "format=alpaca" in unlicensed_sentence(Source("rows.jsonl", license="MIT"), "nc")
     assert "license_join" in unlicensed_sentence(Source("rows.jsonl", license_join="b"), "nc")
 
 
