@@ -25,8 +25,8 @@ LEVELS = [
 FOR_ALL = {"config", "files", "remote", "report"}
 # These import packages of an extra at the top, and are themselves imported on use.
 ON_USE = ("phoenix.kernels.triton", "phoenix.eval.harness", "phoenix.playground.server")
-OPTIONAL = """transformers gguf py3langid pyarrow tensorboard wandb datasets datasketch vllm flash_attn peft lm_eval
-    huggingface_hub openai matplotlib mistral_common""".split()
+OPTIONAL = """transformers gguf py3langid pyarrow tensorboard wandb datasets datasketch vllm flash_attn peft
+    lm_eval huggingface_hub openai matplotlib mistral_common""".split()
 
 
 # Signatures of the public contract that have more than 8 parameters.
