@@ -181,6 +181,7 @@ def _turns(messages: Messages, template: Template, asks: bool) -> Iterator[tuple
         yield template.ask, {}, False
 
 
+@functools.lru_cache(maxsize=256)
 def _control(name: str, tokenizer: Tokenizer, template: str = "") -> list[int]:
     ends = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id}
     known = tokenizer.special_ids | ends | {f"{end}?": i for end, i in ends.items()}

@@ -12,6 +12,7 @@ translation per character of what was translated, where the row tells.
 
 import hashlib
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ def to_row(
     try:
         row_type, convert = _format_of(row, kind, format)
         content = convert(row)
-        source = _text(str(row.get("source") or row.get("data_source") or Path(path).name), "source")
+        source = _text(str(row.get("source") or row.get("data_source") or os.path.basename(path)), "source")
         licence = stated_license(row)
     except RowError as error:
         raise RowError(f"{path}, line {line}: {error}", error.reason) from None
