@@ -181,7 +181,8 @@ class Renderer:
             row = to_row(raw, (path, line), self.config.kind, source.format)
         except RowError as error:
             return self.bad_row(line, raw, str(error), error.reason)
-        row = replace(row, source=licenses.origin(raw) or row.source)
+        if origin := licenses.origin(raw):
+            row = replace(row, source=origin)
         licence = licenses.of(raw, row.license)
         if dropped := licenses.why_dropped(licence):
             return Outcome(line, dropped, licence or "no licence is known", excerpt(raw))
@@ -246,17 +247,18 @@ def write_store(
     writers = {name: StoreWriter(folder, name, size, config.shard_tokens) for name in names}
     numbers: dict[tuple[str, str, str], int] = {}  # (source, what a row states as its own, licence)
     for part, here in zip(parts, spans(parts)):
-        line, stated, of_row = part["line"], part.notes["provenance"], part["provenance"]
-        label, kept = renderer.sources[renderer.files[part.file][1]].label, np.flatnonzero(rows.copies[here])
-        for row, documents in zip(kept.tolist(), part.documents(kept)):
-            subset, licence = stated[of_row[row]]
-            origin = (label, subset, licence)
+        copies, is_eval, stated = rows.copies[here], rows.held_out[here], part.notes["provenance"]
+        label, of_row = renderer.sources[renderer.files[part.file][1]].label, part["provenance"]
+        known = np.zeros(len(stated), np.int32)
+        for index in np.unique(of_row[copies > 0]):
+            origin = (label, *stated[index])
             if len(numbers) >= MOST_SUBSETS and origin not in numbers:
-                origin = (label, "", licence)
-            number = numbers.setdefault(origin, len(numbers))
-            split = "eval" if rows.held_out[here][row] else "train"
-            for _ in range(rows.copies[here][row]):
-                writers[split].add([d[:2] for d in documents], (part.file, int(line[row])), number)
+                origin = (label, "", origin[-1])
+            known[index] = numbers.setdefault(origin, len(numbers))
+        for name, writer in writers.items():
+            which = np.repeat(np.arange(len(copies)), np.where(is_eval == (name == "eval"), copies, 0))
+            origins = np.stack([np.full(len(which), part.file), part["line"][which]], 1)
+            writer.add_rows(*part.gather(which), origins, known[of_row[which]])
     reasons = Counter({name: int((rows.reason == code).sum()) for code, name in enumerate(REASONS)})
     entries = [dict(zip(("source", "subset", "license"), origin)) for origin in numbers]
     return {"splits": {n: closed(w, +reasons) for n, w in writers.items()}, "provenance": entries}
@@ -273,13 +275,11 @@ def closed(writer: StoreWriter, counts: Counter) -> dict[str, Any]:
 def previews(config: PrepareConfig, parts: list[Part], rows: Rows, inputs: list[dict]) -> list[Document]:
     """The first rows kept, with what is the template's own."""
     shown, names = [], ("prompt", "chosen", "rejected") if config.kind == "pairs" else ("whole",)
-    for part, here in zip(parts, spans(parts)):
+    for part, here in zip(parts if config.preview else (), spans(parts)):
         kept = np.flatnonzero(rows.copies[here])[: config.preview - len(shown) // len(names)]
         for line, documents in zip(part["line"][kept], part.documents(kept)):
             where = f"{inputs[part.file]['path']}, line {line}"
             shown += [Document(f"{where}, {name}", *arrays) for name, arrays in zip(names, documents)]
-        if len(shown) >= config.preview * len(names):
-            break
     return shown
 
 

@@ -93,6 +93,14 @@ class Part:
             pieces = [slice(end - size, end) for size, end in zip(length[row], ends[row])]
             yield [tuple(array[piece] for array in arrays) for piece in pieces]
 
+    def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """tokens [n] int32 and loss_mask [n] bool of some rows, one behind the other, and their length."""
+        length = self["length"]
+        sizes = length.sum(1)
+        starts, taken = sizes.cumsum() - sizes, sizes[rows]
+        index = np.arange(taken.sum()) + np.repeat(starts[rows] - (taken.cumsum() - taken), taken)
+        return self["tokens"][index], self["loss_mask"][index], length[rows]
+
     @property
     def notes(self) -> dict[str, Any]:
         with self._open() as tensors:

@@ -93,5 +93,6 @@ def _longest(turns: Turns) -> int:
 
 
 def _arrays(rendered: chat.Rendered) -> Arrays:
-    loss_mask, is_template = np.array(rendered.loss_mask, bool), np.array(rendered.is_template, bool)
-    return np.array(rendered.tokens, np.int32), loss_mask, is_template
+    # Through bytes, which takes a third of the time of np.array(list).
+    masks = (np.frombuffer(bytes(mask), bool) for mask in (rendered.loss_mask, rendered.is_template))
+    return np.array(rendered.tokens, np.int32), *masks

@@ -143,16 +143,34 @@ class StoreWriter:
 
     def add(self, documents: Sequence[Document], origin: tuple[int, int], provenance: int = 0) -> None:
         """A row's documents, the number of its file and line, the index of its source and licence."""
-        size = sum(len(tokens) for tokens, _ in documents)
-        if self.tokens and len(self.loss_mask) + size > self.shard_tokens:
-            self._write_shard()
-        self.rows += 1
-        for tokens, loss_mask in documents:
-            self.tokens += tokens.astype(self.dtype).tobytes()
-            self.loss_mask += loss_mask.astype(bool).tobytes()
-            self.offsets.append(len(self.loss_mask))
-            self.origin.extend(origin)
-            self.provenance.append(provenance)
+        tokens, loss_mask = map(np.concatenate, zip(*documents))
+        length = np.array([[len(part) for part, _ in documents]])
+        self.add_rows(tokens, loss_mask, length, np.array([origin]), np.array([provenance]))
+
+    def add_rows(
+        self, tokens: np.ndarray, loss_mask: np.ndarray, length: np.ndarray, origins: np.ndarray,
+        provenance: np.ndarray,
+    ) -> None:  # fmt: skip
+        """Many rows, one behind the other: tokens [n], loss_mask [n]; length [rows, documents of a row];
+        origins [rows, 2], number of the file and line; provenance [rows]."""
+        ends, (rows, pieces) = length.sum(1).cumsum(), length.shape
+        start = first = 0  # row, and its first token
+        while start < rows:
+            room = self.shard_tokens - len(self.loss_mask)
+            stop = int(ends.searchsorted(first + room, "right"))
+            if stop <= start and self.tokens:
+                self._write_shard()
+                continue
+            stop = max(stop, start + 1)  # a row alone may be more than a shard holds
+            last, here = int(ends[stop - 1]), slice(start, stop)
+            documents = len(self.loss_mask) + length[here].ravel().cumsum()
+            self.tokens += tokens[first:last].astype(self.dtype).tobytes()
+            self.loss_mask += loss_mask[first:last].astype(bool).tobytes()
+            self.offsets.frombytes(documents.astype(np.int64).tobytes())
+            self.origin.frombytes(np.repeat(origins[here], pieces, 0).astype(np.int64).tobytes())
+            self.provenance.frombytes(np.repeat(provenance[here], pieces).astype(np.int32).tobytes())
+            self.rows += stop - start
+            start, first = stop, last
 
     def close(self) -> dict:
         """Write what is left; returns the split's entry for the manifest."""
