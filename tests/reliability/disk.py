@@ -97,7 +97,9 @@ def _write(entry: File | Folder, path: Path, kept: str, draw: random.Random | No
     if isinstance(entry, File):
         content = entry.safe if choice == "safe" else bytes(entry.now)
         if choice == "part" and content != entry.safe:
-            content = content[: draw.randint(0, len(content))]
+            # What was synced stays where the file only grew since.
+            least = len(entry.safe) if content.startswith(entry.safe) else 0
+            content = content[: draw.randint(least, len(content))]
         path.write_bytes(content)
         return
     path.mkdir(parents=True)
